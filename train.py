@@ -1,0 +1,428 @@
+"""Train a language model with verifiable rewards and any of the METHODS of losses.py, and watch its entropy.
+
+    torchrun train.py --method clip_cov                                     a laptop, nothing downloaded
+    torchrun --nproc-per-node 8 train.py --method clip_cov --model Qwen/Qwen2.5-7B --data BytedTsinghua-SIA/DAPO-Math-17k
+
+A step: 1 sample answers from the current policy · 2 verify them, centre the rewards within each group · 3 old_log_probs,
+and the gap to what the engine said · 4 updates_per_rollout optimizer steps · 5 push the weights to the engine · 6 log,
+evaluate, checkpoint. Left out of GRPO as first published: the KL to a reference (--method kl_loss has it), the mean over
+each answer before the mean over answers (a token mean instead).
+
+Shapes: P prompts a step over all ranks, G answers each, B answers on this rank, T response tokens of the longest.
+"""
+from rollout import prepare_environment
+
+prepare_environment()  # before torch starts its threads
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers.utils import logging as transformers_logging
+
+import tiny
+import verify
+from entropy import MICROSCOPE, STATISTICS, Policy, measure, plot_curves, read_metrics, score, score_all
+from losses import (CONTROLLERS, IDLE_WITH_ONE_UPDATE, METHODS, Controller, group_advantages, k3, log_ratio, parse_knobs,
+                    scale_gradient, token_mean, wanted_tensors)
+from rollout import (collate, evaluate, full_tensors, make_engine, micro_batches, resolve_engine, rollout_batch,
+                     rollout_metrics, total)
+
+
+# ---- configuration ----------------------------------------------------------------------------------------------------
+
+def flag(default, help):
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Data:
+    _argument_group_name = "policy and data"
+    model: str = flag("tiny", "Hugging Face folder or hub name; tiny: the base policy of tiny.py, with its settings")
+    data: list[str] = flag(["countdown"], "training problems: .jsonl, .parquet, hub names; countdown: those of tiny.py")
+    num_prompts: int = flag(0, "train on so many of the problems, nested subsets by --seed (0: all)")
+    max_prompt_len: int = flag(2048, "longest prompt in tokens; a longer one is an error")
+    max_response_len: int = flag(8192, "longest response in tokens; a longer one is cut: truncated")
+
+
+@dataclass
+class Method:
+    _argument_group_name = "method"
+    method: str = flag("grpo", ", ".join(METHODS))
+    knobs: list[str] = flag([], "settings of the method, as in --knobs cov_frac=2e-2 cov_low=0.5")
+    prompts_per_step: int = flag(256, "P, prompts of a rollout batch, over all ranks")
+    group_size: int = flag(8, "G, answers per prompt")
+    updates_per_rollout: int = flag(8, "optimizer steps per rollout batch")
+    temperature: float = flag(1.0, "of sampling and of every log-prob")
+    adv_norm: str = flag("std", "std: advantages divided by their group's std; none: Dr. GRPO")
+    dynamic_sampling: bool = flag(False, "drop groups without variance, sample others instead")
+    max_resample: int = flag(4, "with --dynamic_sampling: further rounds at most")
+    tis_cap: float = flag(0.0, "cap of the truncated importance weight for the engine gap (0: off)")
+
+
+@dataclass
+class Optimization:
+    _argument_group_name = "optimization"
+    steps: int = flag(300, "rollout batches")
+    lr: float = flag(1e-6, "AdamW's learning rate, constant after the warm-up")
+    warmup_updates: int = flag(10, "optimizer steps of linear warm-up")
+    weight_decay: float = flag(0.0, "AdamW's weight decay")
+    grad_clip: float = flag(1.0, "largest gradient norm")
+
+
+@dataclass
+class Hardware:
+    _argument_group_name = "hardware"
+    parallel: str = flag("ddp", "ddp, or fsdp: weights, gradients and optimizer sharded (FSDP2)")
+    dtype: str = flag("auto", "compute in bfloat16 or float32; auto: bfloat16 on GPUs. Master weights are float32")
+    micro_batch_tokens: int = flag(16384, "padded tokens per forward: memory and speed, same gradient")
+    activation_checkpointing: bool = flag(False, "recompute layers in backward: less memory, more time")
+    engine: str = flag("auto", "vllm, torch; auto: vllm where a GPU and vllm are present")
+    rollout_tp: int = flag(1, "ranks per vllm engine (tensor parallel)")
+    rollout_gpu_memory: float = flag(0.4, "vllm's share of each GPU's memory")
+
+
+@dataclass
+class Evaluation:
+    _argument_group_name = "evaluation"
+    eval_data: list[str] = flag(["countdown"], "test problems, as --data; none: no evaluation")
+    eval_every: int = flag(20, "steps between evaluations; also before the first step and after the last")
+    eval_prompts: int = flag(0, "the first so many problems of each set (0: all)")
+    eval_samples: int = flag(8, "answers per problem, for pass@1, 2, 4 ...")
+    eval_temperature: float = flag(1.0, "their temperature")
+
+
+@dataclass
+class Run:
+    _argument_group_name = "run"
+    name: str = flag("", "folder of the run (default: METHOD-MODEL-seedSEED)")
+    out: str = flag("runs", "folder of all runs")
+    seed: int = flag(0, "of data order, sampling, random selections")
+    save_every: int = flag(50, "steps between checkpoints; the last step always")
+    keep_checkpoints: int = flag(2, "the newest so many are kept")
+    resume: bool = flag(False, "go on from the run's last complete checkpoint")
+    overwrite: bool = flag(False, "delete an earlier run of that name")
+
+
+MAY_CHANGE_ON_RESUME = {"steps", "out", "save_every", "keep_checkpoints", "resume", "overwrite", "engine", "rollout_gpu_memory"}
+POSITIVE = ("max_prompt_len", "max_response_len", "prompts_per_step", "group_size", "updates_per_rollout", "temperature", "lr",
+            "grad_clip", "micro_batch_tokens", "rollout_tp", "eval_every", "eval_samples", "eval_temperature", "save_every",
+            "keep_checkpoints")
+CHOICES = {"parallel": ("ddp", "fsdp"), "dtype": ("auto", "float32", "bfloat16"), "adv_norm": ("std", "none")}
+
+
+@contextmanager
+def clear_errors():
+    """Bad input ends the program with one line (from rank 0) and exit code 2 (on every rank), before anything slow."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if os.environ["RANK"] == "0":
+            print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def parse(argv):
+    """The command line as one checked namespace; ValueError with one clear line on bad input."""
+    parser = HfArgumentParser([Data, Method, Optimization, Hardware, Evaluation, Run], prog="train.py", allow_abbrev=False,
+                              description=__doc__.splitlines()[0])
+    if parser.parse_known_args(argv)[0].model == "tiny":
+        parser.set_defaults(**tiny.DEFAULTS)
+    cfg, world = parser.parse_args(argv), int(os.environ["WORLD_SIZE"])
+    if cfg.model == "tiny":
+        cfg.knobs = tiny.KNOBS.get(cfg.method, []) + cfg.knobs
+    parse_knobs(cfg.method, cfg.knobs)
+    cfg.engine = resolve_engine(cfg.engine, cfg.rollout_tp)
+    for name in POSITIVE:
+        if getattr(cfg, name) <= 0:
+            raise ValueError(f"--{name} {getattr(cfg, name)}: it must be positive")
+    for name, choices in CHOICES.items():
+        if getattr(cfg, name) not in choices:
+            raise ValueError(f"--{name} {getattr(cfg, name)}: choose from {', '.join(choices)}")
+    if cfg.prompts_per_step % (world * cfg.updates_per_rollout):
+        raise ValueError(f"--prompts_per_step {cfg.prompts_per_step} must be a multiple of {world} (ranks) x "
+                         f"{cfg.updates_per_rollout} (--updates_per_rollout), for equal shares in every update")
+    cfg.name = cfg.name or f"{cfg.method}-{Path(cfg.model).name}-seed{cfg.seed}"
+    if Path(cfg.name).name != cfg.name or cfg.name.startswith("."):
+        raise ValueError(f"--name {cfg.name}: one folder's name is expected; --out says where it goes")
+    folder = Path(cfg.out, cfg.name)
+    if cfg.resume and not checkpoints(folder):
+        raise ValueError(f"--resume: {folder} has no complete checkpoint; start it without --resume")
+    if cfg.resume:
+        before = json.loads((folder / "config.json").read_text())
+        changed = [f"--{k} {before.get(k)}, not {v}" for k, v in vars(cfg).items() if before.get(k) != v and k not in MAY_CHANGE_ON_RESUME]
+        if changed:
+            raise ValueError(f"--resume: {folder} was trained with {'; '.join(changed)}. Give the same, or another --name")
+    elif (folder / "metrics.jsonl").exists() and not cfg.overwrite:
+        raise ValueError(f"{folder} holds an earlier run: --resume goes on, --overwrite deletes it, --name keeps both")
+    return cfg
+
+
+def load(names, split):
+    """{name of the set: its problems}; the word countdown stands for the problems of tiny.py."""
+    return {Path(n).stem: tiny.problems(split, tiny.PROBLEMS[split]) if n == "countdown" else verify.load_problems(n)
+            for n in names if n != "none"}
+
+
+# ---- policy, update, checkpoint ---------------------------------------------------------------------------------------
+
+def build_policy(path, cfg, device, dtype):
+    """The policy, or a frozen reference: float32 master weights, sharded by FSDP2 in units of a decoder layer."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
+    policy = Policy(model, cfg.temperature, dtype if cfg.parallel == "ddp" else torch.float32).eval()  # no dropout: r would not be 1
+    layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    if cfg.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in layers:
+            layer.training = True  # layers are checkpointed in training mode only; their dropouts stay in eval mode
+    if cfg.parallel == "fsdp":
+        for module in layers + [policy]:
+            fully_shard(module, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+    return policy
+
+
+def update(trained, optimizer, batch, tensors, rows, knobs, cfg):
+    """Stage 4: one optimizer step on some rows of the batch; {metric: float} over all ranks.
+
+    tensors: {name: (B, T)}, all that stays fixed during the updates. The loss is sum / num_tokens with the tokens of all
+    micro-batches and ranks, so the gradient does not depend on how they are split. Not taken if loss or norm are not finite.
+    """
+    wanted, response_mask = wanted_tensors(cfg.method), batch["response_mask"]
+    num_tokens = total(response_mask[rows].sum()).float()
+    micro, sums = micro_batches(batch["lengths"].tolist(), rows, cfg.micro_batch_tokens), {}
+    for i, rows in enumerate(micro):
+        mask = response_mask[rows][:, :response_mask[rows].sum(1).max()]
+        fixed = {name: tensor[rows, :mask.shape[1]] for name, tensor in tensors.items()}
+        postpone = cfg.parallel == "ddp" and i + 1 < len(micro)  # DDP exchanges gradients in the last backward only
+        with trained.no_sync() if postpone else nullcontext():
+            now = score(trained, batch, rows, ["log_probs"] + [name for name in wanted if name in STATISTICS])
+            log_probs = now["log_probs"]
+            if cfg.tis_cap:
+                gap = log_ratio(fixed["old_log_probs"], fixed["rollout_log_probs"], mask)
+                log_probs = scale_gradient(log_probs, gap.exp().clamp(max=cfg.tis_cap))
+            loss, metrics = METHODS[cfg.method](
+                log_probs, fixed["old_log_probs"], fixed["advantages"], mask,
+                **{name: (now | fixed)[name] for name in wanted}, **knobs, num_tokens=num_tokens)
+            (loss * dist.get_world_size()).backward()  # DDP and FSDP2 average over ranks; the loss is a sum over them
+        kl = token_mean(k3(fixed["old_log_probs"], log_probs.detach(), mask), mask, num_tokens)
+        for name, value in {"train/loss": loss.detach(), "policy/kl_to_rollout": kl, **metrics}.items():
+            sums[name] = sums.get(name, 0.0) + value
+    norm = torch.nn.utils.clip_grad_norm_(trained.parameters(), cfg.grad_clip)
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    means = dict(zip(sums, total(torch.stack([value.double() for value in sums.values()])).tolist()))
+    finite = math.isfinite(norm) and math.isfinite(means["train/loss"])
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad()
+    return means | {"train/grad_norm": norm} if finite else None
+
+
+def checkpoints(folder):
+    """The complete checkpoints of a run, oldest first."""
+    return sorted((p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()), key=lambda p: int(p.name[11:]))
+
+
+def save_checkpoint(folder, policy, optimizer, tokenizer, state, keep):
+    """A Hugging Face folder with the optimizer and the counters beside it, complete or absent: written under another
+    name, then renamed. Gathered on rank 0, so that it can be resumed with another number of ranks."""
+    weights = {name: tensor.cpu() for name, tensor in full_tensors(policy.model)}
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = state | {"optimizer": get_optimizer_state_dict(policy, optimizer, options=options)}
+    if dist.get_rank() == 0:
+        final, unfinished = folder / f"checkpoint-{state['step']}", folder / "unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        policy.model.save_pretrained(unfinished, state_dict=weights)
+        tokenizer.save_pretrained(unfinished)
+        torch.save(state, unfinished / "trainer_state.pt")
+        shutil.rmtree(final, ignore_errors=True)
+        unfinished.rename(final)
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def table_line(row=None):
+    """One line of the table that a run prints: its head, or a row of metrics; a dash for what the row lacks."""
+    shown = {"step": "step", "reward": "reward/mean", "pass@1": "eval/pass@1", "pass@8": "eval/pass@8",
+             "entropy": "entropy/response_mean", "s/step": "time/step_s"}
+    cells = shown if row is None else [row.get(key, "-") for key in shown.values()]
+    return " ".join(f"{cell:>8.3f}" if isinstance(cell, float) else f"{cell:>8}" for cell in cells)
+
+
+# ---- the program ------------------------------------------------------------------------------------------------------
+
+def main(argv=None):
+    with clear_errors():
+        cfg = parse(sys.argv[1:] if argv is None else argv)
+        train_sets, eval_sets = load(cfg.data, "train"), load(cfg.eval_data, "test")
+        if cfg.model != "tiny":
+            AutoConfig.from_pretrained(cfg.model)  # a wrong name is found here
+    cuda, local_rank, world = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    dtype = torch.bfloat16 if cfg.dtype == "bfloat16" or cfg.dtype == "auto" and cuda else torch.float32
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    rank, folder = dist.get_rank(), Path(cfg.out, cfg.name)
+    transformers_logging.disable_progress_bar()
+
+    # The embedded base is made by one rank, once; the others wait, then find it.
+    if cfg.model == "tiny" and rank == 0:
+        tiny.base_model()
+    dist.barrier()
+    base = tiny.base_model() if cfg.model == "tiny" else cfg.model
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    with clear_errors():
+        problems = [problem for one_set in train_sets.values() for problem in one_set]
+        if cfg.num_prompts:
+            problems = [problems[i] for i in np.random.default_rng(cfg.seed).permutation(len(problems))[:cfg.num_prompts]]
+        prompts = verify.render_all(problems, tokenizer, cfg.max_prompt_len)
+        eval_sets = {name: one_set[:cfg.eval_prompts or None] for name, one_set in eval_sets.items()}
+        eval_sets = {name: (one_set, verify.render_all(one_set, tokenizer, cfg.max_prompt_len)) for name, one_set in eval_sets.items()}
+
+    # Weights, optimizer, controller, counters: everything that --resume needs. Random draws depend on seed and step only.
+    start = checkpoints(folder)[-1] if cfg.resume else None
+    policy = build_policy(start or base, cfg, device, dtype)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.95))
+    loss_knobs, rule_knobs = parse_knobs(cfg.method, cfg.knobs)
+    controller = Controller(CONTROLLERS.get(cfg.method), rule_knobs)
+    state = {"step": 0, "drawn": 0, "updates": 0}
+    if start:
+        saved = torch.load(start / "trainer_state.pt", weights_only=True)
+        set_optimizer_state_dict(policy, optimizer, saved.pop("optimizer"), options=StateDictOptions(full_state_dict=True))
+        controller.load_state_dict(saved.pop("controller"))
+        state = saved
+    trained = policy
+    if cfg.parallel == "ddp":
+        trained = DistributedDataParallel(policy, device_ids=[local_rank] if cuda else None, forward_sync_buffers=False)
+    wanted = wanted_tensors(cfg.method)
+    old_names = sorted({*MICROSCOPE, *(name[4:] for name in wanted if name.startswith("old_"))})
+    ref_names = [name[4:] for name in wanted if name.startswith("ref_")]
+    reference = build_policy(base, cfg, device, dtype) if ref_names else None
+    stop_ids = {tokenizer.eos_token_id, *np.atleast_1d(policy.model.generation_config.eos_token_id or tokenizer.eos_token_id).tolist()}
+    engine = make_engine(cfg.engine, base, dtype=dtype, device=device, stop_ids=stop_ids,
+                         max_model_len=cfg.max_prompt_len + cfg.max_response_len,
+                         tensor_parallel_size=cfg.rollout_tp, gpu_memory_utilization=cfg.rollout_gpu_memory)
+    engine.push_weights(full_tensors(policy.model))
+
+    # The run's folder. Rows that an interrupted run wrote after its last checkpoint are computed again.
+    if rank == 0:
+        if cfg.overwrite and not cfg.resume:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [row for row in read_metrics(folder) if row["step"] <= state["step"]] if cfg.resume else []
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "config.json").write_text(json.dumps(vars(cfg), indent=1))
+        tqdm.write(table_line())
+    bar = tqdm(total=cfg.steps, initial=state["step"], desc=cfg.name, disable=rank != 0)
+    warned = set()
+
+    def warn(cause, advice):
+        if rank == 0 and cause not in warned:
+            warned.add(cause)
+            tqdm.write(f"warning: {cause}: {advice}", file=sys.stderr)
+
+    def log(row):
+        if rank == 0:
+            with open(folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+            if any(key.startswith("eval/") for key in row):
+                tqdm.write(table_line(row))
+
+    if cfg.method in IDLE_WITH_ONE_UPDATE and cfg.updates_per_rollout == 1:
+        warn(f"{cfg.method} with --updates_per_rollout 1", IDLE_WITH_ONE_UPDATE[cfg.method])
+    if eval_sets and not start:
+        log({"step": 0} | evaluate(engine, tokenizer, eval_sets, cfg))
+    failures = 0
+
+    for step in range(state["step"] + 1, cfg.steps + 1):
+        torch.manual_seed(hash((cfg.seed, step, rank)) % 2 ** 63)  # what a method draws at random, the same after --resume
+        clock = [time.perf_counter()]
+
+        # ---- 1 sample · 2 verify and centre per group
+        answers, state["drawn"] = rollout_batch(engine, tokenizer, problems, prompts, state["drawn"], cfg)
+        verdicts = total(torch.tensor([verify.outcomes.pop(v, 0) for v in verify.VERDICTS])).tolist()
+        batch = collate(answers, device)
+        advantages = group_advantages(batch["rewards"], cfg.group_size, cfg.adv_norm)[:, None] * batch["response_mask"]
+        engine.sleep()
+        clock.append(time.perf_counter())
+
+        # ---- 3 old_log_probs, the gap to the engine's, and what the tokens say about the entropy
+        old = score_all(trained, batch, old_names, cfg.micro_batch_tokens)
+        tensors = {"advantages": advantages, "rollout_log_probs": batch["rollout_log_probs"]}
+        tensors |= {f"old_{name}": values for name, values in old.items()}
+        if reference:
+            ref = score_all(reference, batch, ref_names, cfg.micro_batch_tokens)
+            tensors |= {f"ref_{name}": values for name, values in ref.items()}
+        entropies = measure(old, advantages, batch["response_mask"], total)
+        controller.update(entropies["entropy/response_mean"], (step - 1) / cfg.steps)
+        clock.append(time.perf_counter())
+
+        # ---- 4 optimizer steps
+        updates = []
+        for rows in np.array_split(np.arange(len(answers)), cfg.updates_per_rollout):
+            optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, (state["updates"] + 1) / max(1, cfg.warmup_updates))
+            updates.append(update(trained, optimizer, batch, tensors, rows.tolist(), loss_knobs | controller.state, cfg))
+            state["updates"] += 1
+            failures = failures + 1 if updates[-1] is None else 0
+            if failures == 10:
+                raise SystemExit(f"ten updates in a row had a loss or gradient that is not finite; last good: {checkpoints(folder)[-1:]}")
+        clock.append(time.perf_counter())
+
+        # ---- 5 push the weights
+        engine.wake()
+        engine.push_weights(full_tensors(policy.model))
+        clock.append(time.perf_counter())
+
+        # ---- 6 log, evaluate, checkpoint
+        state["step"] = step
+        taken = [m for m in updates if m]
+        metrics = {"step": step, **rollout_metrics(batch, old["log_probs"], cfg.group_size), **entropies,
+                   **{name: sum(m[name] for m in taken) / len(taken) for name in (taken[0] if taken else ())},
+                   **{f"controller/{name}": value for name, value in controller.state.items()},
+                   **{f"verify/{name}": count for name, count in zip(verify.VERDICTS, verdicts)},
+                   "train/skipped": len(updates) - len(taken), "train/lr": optimizer.param_groups[0]["lr"]}
+        names = ("rollout", "score", "update", "push")
+        metrics |= {f"time/{name}_s": b - a for name, a, b in zip(names, clock, clock[1:])} | {"time/step_s": clock[-1] - clock[0]}
+        if metrics["response/truncated_frac"] > 0.9:
+            warn("over 90 % of the answers are truncated", "raise --max_response_len")
+        if metrics["reward/zero_std_frac"] > 0.9:
+            warn("over 90 % of the groups have equal rewards", "other --data, a larger --group_size, --dynamic_sampling")
+        if metrics["rollout/gap_mean"] > 0.05:
+            warn(f"engine and trainer differ by {metrics['rollout/gap_mean']:.2f} nats per token", "--tis_cap 2, --dtype float32")
+        if eval_sets and (step % cfg.eval_every == 0 or step == cfg.steps):
+            metrics |= evaluate(engine, tokenizer, eval_sets, cfg)
+        log(metrics)
+        bar.set_postfix(reward=f"{metrics['reward/mean']:.3f}", entropy=f"{metrics['entropy/response_mean']:.3f}")
+        bar.update()
+        if step % cfg.save_every == 0 or step == cfg.steps:
+            save_checkpoint(folder, policy, optimizer, tokenizer, state | {"controller": controller.state_dict()}, cfg.keep_checkpoints)
+
+    bar.close()
+    if rank == 0:
+        plot_curves({cfg.name: folder}, folder / "curves.png")
+        print(f"{folder}: metrics.jsonl, config.json, curves.png, {checkpoints(folder)[-1].name}")
+    engine.close()
+    if dist.is_initialized():  # vLLM's shutdown takes the process group with it
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
