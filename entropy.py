@@ -24,7 +24,19 @@ STATISTICS = {
     "token_entropy": lambda logp, token: -(logp.exp() * logp).sum(1),
     "sum_p2": lambda logp, token: (2.0 * logp).exp().sum(1),  # sum over v of pi(v)^2
     "sum_p2_log_p": lambda logp, token: ((2.0 * logp).exp() * logp).sum(1),  # sum over v of pi(v)^2 log pi(v)
+    "nucleus_entropy": lambda logp, token: nucleus_entropy(logp),
+    # The same token at another temperature, 1.2 and 0.8 times the sampling one: the logits are divided, not the log-probs.
+    "hot_log_probs": lambda logp, token: torch.log_softmax(logp / 1.2, 1).gather(1, token[:, None]).squeeze(1),
+    "cold_log_probs": lambda logp, token: torch.log_softmax(logp / 0.8, 1).gather(1, token[:, None]).squeeze(1),
 }
+
+
+def nucleus_entropy(logp, mass=0.8):
+    """Entropy (n,) in nats of the smallest set of tokens with at least `mass` of the probability, renormalised. logp (n, V)."""
+    ordered = logp.sort(dim=1, descending=True).values
+    before = ordered.exp().cumsum(1) - ordered.exp()  # of the tokens that are likelier
+    kept = torch.log_softmax(ordered.masked_fill(before.detach() >= mass, -1e9), 1)  # finite: -inf would make 0 * inf
+    return -(kept.exp() * kept).sum(1)
 
 
 def token_statistics(hidden, head, tokens, temperature, wanted, chunk_tokens=512):

@@ -106,17 +106,18 @@ def scale_gradient(log_probs, weight):
 class Controller:
     """The state of a method that evolves over training, a dict of floats: one update per rollout batch, checkpointed.
 
-    `rule(state, entropy, progress, **knobs)` is a pure function that returns the next state, from {} at first; None for
-    a method without state. The entries of the state are handed to the loss in place of its knobs of the same name.
+    `rule(state, entropy, progress, metrics, **knobs)` is a pure function that returns the next state, from {} at first;
+    None for a method without state. The entries of the state reach the loss as the knobs of the same name.
     """
 
     def __init__(self, rule, knobs):
         self.rule, self.knobs, self.state = rule, knobs, {}
 
-    def update(self, entropy, progress):
-        """entropy: mean of H_t over the rollout batch on all ranks, nats; progress: share of training done, in [0, 1)."""
+    def update(self, entropy, progress, metrics):
+        """entropy: mean of H_t over the rollout batch, all ranks, nats; progress: share of training done, in [0, 1);
+        metrics: {name: float}, of this rollout batch and of the updates on the one before."""
         if self.rule:
-            self.state = self.rule(self.state, entropy, progress, **self.knobs)
+            self.state = self.rule(self.state, entropy, progress, metrics, **self.knobs)
 
     def state_dict(self):
         return dict(self.state)
@@ -300,7 +301,7 @@ def par(log_probs, old_log_probs, advantages, response_mask, *,
                 clip_low=clip_low, clip_high=clip_high, num_tokens=num_tokens)
 
 
-def par_weight(state, entropy, progress, *, schedule="entropy", target_entropy=0.2, delta=0.05,
+def par_weight(state, entropy, progress, metrics, *, schedule="entropy", target_entropy=0.2, delta=0.05,
                positive_weight=0.0, epochs=8):
     """Controller of par: the next lambda. entropy in nats, progress in [0, 1).
 
@@ -324,13 +325,378 @@ def par_weight(state, entropy, progress, *, schedule="entropy", target_entropy=0
     return {"positive_weight": weight}
 
 
+# ---- other advantages -------------------------------------------------------------------------------------------------
+
+def w_reinforce(log_probs, old_log_probs, advantages, response_mask, *, rewards,
+                positive_weight=0.1, negative_weight=1.0, clip_low=0.2, clip_high=0.2, num_tokens=None):
+    """GRPO without a baseline: every right answer has advantage +positive_weight, every wrong one -negative_weight.
+
+    rewards (B, T): 1 or 0, constant along T; the given advantages are not used.
+
+        A_t = positive_weight if R = 1 else -negative_weight;   L = L_GRPO(A)
+
+    Zhu et al. 2025, arXiv 2506.01347: W-REINFORCE; positive_weight=1 negative_weight=0 is PSR, positive_weight=0 NSR.
+    Groups without variance do teach here.
+    """
+    advantages = torch.where(rewards > 0, positive_weight, -negative_weight)
+    return grpo(log_probs, old_log_probs, advantages, response_mask,
+                clip_low=clip_low, clip_high=clip_high, num_tokens=num_tokens)
+
+
+def entropy_advantage(log_probs, old_log_probs, advantages, response_mask, *, old_token_entropy,
+                      alpha=0.4, kappa=2.0, clip_low=0.2, clip_high=0.2, num_tokens=None):
+    """GRPO, with a part of each token's entropy added to its advantage.
+
+    old_token_entropy (B, T): H_t of the policy that sampled, nats, a constant here: this is no bonus, its gradient is that
+    of the policy.
+
+        A'_t = A_t + min(alpha H_t, |A_t| / kappa);   L = L_GRPO(A')
+
+    Cheng et al. 2025, arXiv 2506.14758. kappa > 1 keeps the sign of A. Does nothing at alpha = 0, nor where A = 0.
+    """
+    shaped = advantages + torch.minimum(alpha * old_token_entropy.detach(), advantages.abs() / kappa)
+    return grpo(log_probs, old_log_probs, shaped, response_mask, clip_low=clip_low, clip_high=clip_high, num_tokens=num_tokens)
+
+
+def entropic(log_probs, old_log_probs, advantages, response_mask, *,
+             alpha=0.0, confident=0.95, clip_low=0.2, clip_high=0.2, num_tokens=None):
+    """GRPO, with the confident tokens of right and wrong answers weighted against each other by a PI controller.
+
+    alpha in [-1, 1] comes from entropic_alpha below, once per rollout batch.
+
+        A'_t = (1 + alpha) A_t where A_t > 0, (1 - alpha) A_t where A_t < 0, on tokens with pi_old(y_t) > confident
+
+    EntroPIC, arXiv 2511.15248. Confident right tokens lower the entropy, confident wrong ones raise it, so alpha > 0,
+    above the target, lowers it. Does nothing at alpha = 0.
+    """
+    sure = old_log_probs.exp() > confident
+    weighted = advantages * torch.where(sure, 1.0 + alpha * advantages.sign(), 1.0)
+    return grpo(log_probs, old_log_probs, weighted, response_mask, clip_low=clip_low, clip_high=clip_high, num_tokens=num_tokens)
+
+
+def entropic_alpha(state, entropy, progress, metrics, *, target_entropy=0.1, kp=1.0, ki=0.01):
+    """Controller of entropic: alpha = clip(kp (H - H*) + ki sum over batches (H - H*), -1, 1)."""
+    error = entropy - target_entropy
+    integral = state.get("integral", 0.0) + error
+    return {"alpha": min(max(kp * error + ki * integral, -1.0), 1.0), "integral": integral}
+
+
+def dcpo(log_probs, old_log_probs, advantages, response_mask, *, rewards, old_hot_log_probs, old_cold_log_probs,
+         mix=0.0, hot=1.0, clip_low=0.2, clip_high=0.2, num_tokens=None):
+    """GRPO, with a share of REINFORCE on right answers, importance-weighted to what another temperature would sample.
+
+    rewards (B, T): 1 or 0; old_hot_log_probs, old_cold_log_probs (B, T): the sampled tokens under the old policy at 1.2 and
+    0.8 of the sampling temperature. mix = a and hot come from dcpo_mix below.
+
+        rho_t = pi_T,old / pi_old;   A'_t = (1 - a) A_t + a 1[right] rho_t;   L = L_GRPO(A')
+
+    Released with AEPO (arXiv 2510.08141), without its second sampler. To learn from what a hotter policy says raises the
+    entropy, a colder one lowers it. Does nothing at a = 0.
+    """
+    tempered = old_hot_log_probs if hot else old_cold_log_probs
+    rho = importance_ratio(tempered, old_log_probs, response_mask)
+    mixed = (1.0 - mix) * advantages + mix * (rewards > 0) * rho
+    return grpo(log_probs, old_log_probs, mixed, response_mask, clip_low=clip_low, clip_high=clip_high, num_tokens=num_tokens)
+
+
+def dcpo_mix(state, entropy, progress, metrics, *, target_entropy=0.5):
+    """Controller of dcpo: a0 = min(|H* - H|, 0.1) / share of right answers, a = a0 / (1 + a0); hot at or below the target."""
+    a0 = min(abs(target_entropy - entropy), 0.1) / max(metrics["reward/mean"], 1e-6)
+    return {"mix": a0 / (1.0 + a0), "hot": float(entropy <= target_entropy)}
+
+
+def aepo(log_probs, old_log_probs, advantages, response_mask, *, clip_low=0.2, clip_high=0.2, num_tokens=None):
+    """GRPO on a batch into which good answers sampled at another temperature have been mixed.
+
+    The mixing is train.py's, in stage 1, as aepo_temperature below says: a quarter of the prompts is sampled once more at
+    second_temperature, answers of advantage > 0.05 get A = 1 and take the place of the first rows of the batch.
+
+        grad J = grad J_GRPO + E_{o ~ pi^T} [grad log pi(o) R]
+
+    Wang et al. 2025, arXiv 2510.08141, released code; old_log_probs are recomputed at the sampling temperature. A first
+    batch has no second sample, as its entropy is not known yet.
+    """
+    return grpo(log_probs, old_log_probs, advantages, response_mask, clip_low=clip_low, clip_high=clip_high, num_tokens=num_tokens)
+
+
+def aepo_temperature(state, entropy, progress, metrics, *, target_entropy=0.5, hot=1.2, cold=0.8, replaced_rows=60):
+    """Controller of aepo: the second temperature, as a multiple of the first, and how many rows of the batch give way:
+    replaced_rows at or below the target, half of them above it."""
+    low = entropy <= target_entropy
+    return {"second_temperature": hot if low else cold, "replaced_rows": replaced_rows if low else replaced_rows // 2}
+
+
+# ---- other clips ------------------------------------------------------------------------------------------------------
+
+def flex_clip(log_probs, old_log_probs, advantages, response_mask, *, upper_share=0.0, lower_share=0.0,
+              upper_slope=-0.25, upper_offset=0.5, lower_slope=-0.13, lower_offset=0.3,
+              narrowest=0.05, widest=0.6, clip=0.2, num_tokens=None):
+    """GRPO, with clip bounds that depend on the token's probability, switched between raising and lowering the entropy.
+
+    upper_share, lower_share in [0, 1] come from flex_clip_shares below. With p = pi(y_t) now, detached:
+
+        eps+(p) = clip(upper_slope p + upper_offset, narrowest, widest), eps-(p) alike
+        upper bound: 1 + upper_share eps+(p) + (1 - upper_share) clip;   lower: 1 - lower_share eps-(p) - (1 - lower_share) clip
+
+    FlexEC, arXiv 2602.09782 (constants third-party). A wider upper bound lets rare tokens of right answers grow, a wider
+    lower one lets tokens of wrong answers fall. Does nothing with one update per rollout, or with both shares 0.
+    """
+    p = log_probs.detach().exp()
+    upper = (upper_slope * p + upper_offset).clamp(narrowest, widest)
+    lower = (lower_slope * p + lower_offset).clamp(narrowest, widest)
+    ratio = importance_ratio(log_probs, old_log_probs, response_mask)
+    token_loss, clipped = ppo_surrogate(ratio, advantages, clip + lower_share * (lower - clip), clip + upper_share * (upper - clip))
+    metrics = {"policy/clip_frac": token_mean(clipped.float(), response_mask, num_tokens)}
+    return token_mean(token_loss, response_mask, num_tokens), metrics
+
+
+def flex_clip_shares(state, entropy, progress, metrics, *, schedule="id"):
+    """Controller of flex_clip. With lambda = 1 - 2 k/T in step k of T, hi and lo for the flexible bounds:
+
+        "id"   raise, then lower:   (lambda hi + (1 - lambda) eps, eps), then (eps, (1 + lambda) lo - lambda eps)
+        "did"  lower, raise, lower: (lambda eps + (1 - lambda) hi, eps), then (hi, (1 + lambda) lo - lambda eps)
+        "od"   by entropy: (hi, eps) at H <= 0.2 H_0; (eps, lo) above a line that falls from H_0 to 0.2 H_0; else as before
+    """
+    lam, first_half = 1.0 - 2.0 * progress, progress <= 0.5
+    if schedule == "id":
+        return {"upper_share": lam if first_half else 0.0, "lower_share": 0.0 if first_half else 1.0 + lam}
+    if schedule == "did":
+        return {"upper_share": 1.0 - lam if first_half else 1.0, "lower_share": 0.0 if first_half else 1.0 + lam}
+    if schedule != "od":
+        raise ValueError(f"schedule={schedule}: use id, did or od")
+    first = state.get("first_entropy", entropy)
+    low = 0.2 * first
+    raising = 1.0 if entropy <= low else 0.0 if entropy > low + (first - low) * (1.0 - progress) else state.get("upper_share", 0.0)
+    return {"upper_share": raising, "lower_share": 1.0 - raising, "first_entropy": first}
+
+
+def ce_gppo(log_probs, old_log_probs, advantages, response_mask, *,
+            beta_low=0.75, beta_high=1.0, clip_low=0.2, clip_high=0.2, num_tokens=None):
+    """GRPO, but clipped tokens keep a bounded gradient instead of none. sg is the stopped gradient:
+
+        r < 1 - clip_low,  A < 0:   loss_t = -beta_low  (1 - clip_low)  r / sg(r) A
+        r > 1 + clip_high, A > 0:   loss_t = -beta_high (1 + clip_high) r / sg(r) A
+        else                        loss_t = -A r
+
+    CE-GPPO, arXiv 2509.20712. beta_low pulls the entropy down less hard, beta_high lets rare right tokens grow. With one
+    update per rollout, or both betas 0, it has GRPO's gradient.
+    """
+    ratio = importance_ratio(log_probs, old_log_probs, response_mask)
+    low, high = (ratio < 1.0 - clip_low) & (advantages < 0), (ratio > 1.0 + clip_high) & (advantages > 0)
+    held = ratio / ratio.detach()
+    bounded = torch.where(low, beta_low * (1.0 - clip_low) * held, beta_high * (1.0 + clip_high) * held)
+    token_loss = -advantages * torch.where(low | high, bounded, ratio)
+    metrics = {"policy/clip_frac": token_mean((low | high).float(), response_mask, num_tokens)}
+    return token_mean(token_loss, response_mask, num_tokens), metrics
+
+
+def cispo(log_probs, old_log_probs, advantages, response_mask, *, clip_low=10.0, clip_high=0.2, num_tokens=None):
+    """REINFORCE with a clipped importance weight: every token keeps a gradient.
+
+        loss_t = -sg(clip(r, 1 - clip_low, 1 + clip_high)) A log pi(y_t),   sg: stopped gradient
+
+    MiniMax-M1, arXiv 2506.13585, eq. 4; clip_low = 10 means no lower bound. With one update per rollout this is GRPO's
+    gradient. Its loss value is not comparable with GRPO's.
+    """
+    weight = importance_ratio(log_probs, old_log_probs, response_mask).detach()
+    log_probs = torch.where(response_mask, log_probs, 0.0)
+    bounded = weight.clamp(1.0 - clip_low, 1.0 + clip_high)
+    metrics = {"policy/clip_frac": token_mean((bounded != weight).float(), response_mask, num_tokens)}
+    return token_mean(-bounded * advantages * log_probs, response_mask, num_tokens), metrics
+
+
+def gspo(log_probs, old_log_probs, advantages, response_mask, *, num_sequences, clip_low=3e-4, clip_high=4e-4, num_tokens=None):
+    """GRPO with one ratio per sequence, clipped as a whole, and a mean over sequences of token means.
+
+    num_sequences: answers of the whole optimizer step, over all micro-batches and ranks. sg: stopped gradient.
+
+        s_i = exp(mean_t log r_t);   s_i,t = sg(s_i) pi(y_t) / sg(pi(y_t))
+        L = 1/num_sequences sum_i 1/|y_i| sum_t max(-A s_i,t, -A clip(s_i,t, 1 - clip_low, 1 + clip_high))
+
+    Zheng et al. 2025, arXiv 2507.18071, GSPO-token, eqs. 7 and 13. No clip acts with one update per rollout.
+    """
+    log_r, lengths = log_ratio(log_probs, old_log_probs, response_mask), response_mask.sum(1, keepdim=True).clamp(min=1)
+    log_s = log_r.sum(1, keepdim=True) / lengths
+    ratio = (log_r - log_r.detach() + log_s.detach()).exp()
+    token_loss, clipped = ppo_surrogate(ratio, advantages, clip_low, clip_high)
+    metrics = {"policy/clip_frac": token_mean(clipped.float(), response_mask, num_tokens)}
+    return token_mean(token_loss / lengths, response_mask, num_sequences), metrics
+
+
+# ---- tokens that are left out -----------------------------------------------------------------------------------------
+
+def rand_pos_clip(log_probs, old_log_probs, advantages, response_mask, *,
+                  drop_frac=0.02, clip_low=0.2, clip_high=0.2, num_tokens=None):
+    """GRPO, but each token of a right answer gives no gradient with probability drop_frac: the control of Clip-Cov.
+
+        loss_t = 0 where A_t > 0 and u_t < drop_frac, u_t uniform;   N counts these tokens too
+
+    Jin et al. 2025, arXiv 2511.05993 (the share is our choice; a few hundredths are enough to see an effect).
+    """
+    dropped = (advantages > 0) & (torch.rand(advantages.shape, device=advantages.device) < drop_frac)
+    loss, metrics = grpo(log_probs, old_log_probs, torch.where(dropped, 0.0, advantages), response_mask,
+                         clip_low=clip_low, clip_high=clip_high, num_tokens=num_tokens)
+    return loss, metrics | {"policy/selected_frac": token_mean(dropped.float(), response_mask, num_tokens)}
+
+
+def fork_tokens(log_probs, old_log_probs, advantages, response_mask, *, old_token_entropy,
+                top_frac=0.2, clip_low=0.2, clip_high=0.2, num_tokens=None):
+    """GRPO on the tokens of highest entropy only, averaged over these.
+
+    old_token_entropy (B, T): H_t of the policy that sampled, nats.
+
+        F = the top_frac of this call's tokens with the highest H_t;   L = 1/(top_frac N) sum_{t in F} loss_t
+
+    Wang et al. 2025, arXiv 2506.01939 (80/20: forking tokens), eq. 5. Does nothing at top_frac = 1.
+    """
+    count = max(1, int(top_frac * int(response_mask.sum())))
+    top = old_token_entropy.masked_fill(~response_mask, -math.inf).flatten().topk(count).indices
+    forks = torch.zeros_like(response_mask).view(-1).index_fill(0, top, True).view_as(response_mask)
+    tokens = top_frac * (response_mask.sum() if num_tokens is None else num_tokens)
+    return grpo(log_probs, old_log_probs, advantages, forks, clip_low=clip_low, clip_high=clip_high, num_tokens=tokens)
+
+
+def clip_b(log_probs, old_log_probs, advantages, response_mask, *, clip_low=0.2, clip_high=0.2, num_tokens=None):
+    """GRPO without the tokens of wrong answers whose suppression would cost the most entropy, as clip_b_mask finds them.
+
+    They leave the response mask before the updates, and so the denominator. arXiv 2602.03392, released code.
+    """
+    return grpo(log_probs, old_log_probs, advantages, response_mask, clip_low=clip_low, clip_high=clip_high, num_tokens=num_tokens)
+
+
+def clip_b_mask(old, advantages, response_mask, total, *, mu=2.5):
+    """Which tokens of a rollout batch clip_b keeps, (B, T) bool. old: {"log_probs", "token_entropy"}, each (B, T), of the
+    policy that sampled; total sums a tensor over ranks.
+
+        S = p (log p + H);   dropped: A < 0 and S - mean S < -mu std S,   over the batch's response tokens, std population
+    """
+    log_p = old["log_probs"]
+    S = log_p.exp() * (log_p + old["token_entropy"])
+    mean, std = batch_mean_std(S, response_mask, total)
+    return response_mask & ~((advantages < 0) & (S - mean < -mu * std))
+
+
+def clip_v(log_probs, old_log_probs, advantages, response_mask, *, clip_low=0.2, clip_high=0.2, num_tokens=None):
+    """As clip_b, with the exact first-order change, in which all logits move: see clip_v_mask. arXiv 2602.03392, released code."""
+    return grpo(log_probs, old_log_probs, advantages, response_mask, clip_low=clip_low, clip_high=clip_high, num_tokens=num_tokens)
+
+
+def clip_v_mask(old, advantages, response_mask, total, *, mu=8.5, most_frac=1e-4):
+    """Which tokens of a rollout batch clip_v keeps, (B, T) bool. old: {"log_probs", "token_entropy", "sum_p2",
+    "sum_p2_log_p"}, each (B, T), of the policy that sampled; total sums a tensor over ranks.
+
+        x = [H sum_v p_v^2 + sum_v p_v^2 log p_v] - p (log p + H);   dropped: A < 0 and x > mu std(x),
+        the largest x only, at most the share most_frac of this rank's tokens
+    """
+    log_p, H = old["log_probs"], old["token_entropy"]
+    x = H * old["sum_p2"] + old["sum_p2_log_p"] - log_p.exp() * (log_p + H)
+    _, std = batch_mean_std(x, response_mask, total)
+    x = torch.where(response_mask & (advantages < 0) & (x > mu * std), x, -math.inf).flatten()
+    top = x.topk(int(most_frac * int(response_mask.sum())))
+    dropped = torch.zeros_like(x, dtype=torch.bool).index_fill(0, top.indices[top.values > -math.inf], True)
+    return response_mask & ~dropped.view_as(response_mask)
+
+
+def batch_mean_std(values, response_mask, total):
+    """Mean and population standard deviation of values (B, T) over the response tokens of all ranks."""
+    kept = values[response_mask].double()
+    count, first, second = total(torch.stack([torch.ones_like(kept).sum(), kept.sum(), kept.square().sum()]))
+    mean = first / count
+    return mean, (second / count - mean.square()).clamp(min=0.0).sqrt()
+
+
+# ---- entropy terms ----------------------------------------------------------------------------------------------------
+
+def adaptive_entropy(log_probs, old_log_probs, advantages, response_mask, *, token_entropy,
+                     entropy_coef=0.0, clip_low=0.2, clip_high=0.2, num_tokens=None):
+    """entropy_bonus, with a coefficient that grows while the entropy is below a target: adaptive_entropy_coef.
+
+    token_entropy (B, T): exact H_t in nats, with gradient.   L = L_GRPO - 1[H < target] c 1/N sum_t H_t
+
+    Skywork-OR1, arXiv 2505.22312, released code. Does nothing above the target.
+    """
+    return entropy_bonus(log_probs, old_log_probs, advantages, response_mask, token_entropy=token_entropy,
+                         entropy_coef=entropy_coef, clip_low=clip_low, clip_high=clip_high, num_tokens=num_tokens)
+
+
+def adaptive_entropy_coef(state, entropy, progress, metrics, *, target_entropy=0.2, delta=1e-4, max_coef=5e-3):
+    """Controller of adaptive_entropy: c <- clip(c +- delta, 0, max_coef), up when H < target_entropy, from 0."""
+    low = entropy < target_entropy
+    c = min(max(state.get("c", 0.0) + (delta if low else -delta), 0.0), max_coef)
+    return {"c": c, "entropy_coef": c if low else 0.0}
+
+
+def aer(log_probs, old_log_probs, advantages, response_mask, *, token_entropy, group_accuracy,
+        alpha=0.0, hard_below=0.5, clip_low=0.2, clip_high=0.2, num_tokens=None):
+    """GRPO with an entropy bonus that is larger for harder prompts, under a global coefficient that holds a target.
+
+    token_entropy (B, T): exact H_t in nats, with gradient; group_accuracy (B, T): share of right answers in the group;
+    alpha comes from aer_alpha below.
+
+        L = L_GRPO - alpha 1/N sum_t w_q H_t,   w_q = max(0, hard_below - accuracy_q) / hard_below
+
+    Our reading of arXiv 2510.10959: its abstract only was available, so every constant is ours. Nothing at alpha = 0.
+    """
+    loss, metrics = grpo(log_probs, old_log_probs, advantages, response_mask,
+                         clip_low=clip_low, clip_high=clip_high, num_tokens=num_tokens)
+    weight = (hard_below - group_accuracy).clamp(min=0.0) / hard_below
+    return loss - alpha * token_mean(weight * token_entropy, response_mask, num_tokens), metrics
+
+
+def aer_alpha(state, entropy, progress, metrics, *, target_ratio=0.8, rate=0.005):
+    """Controller of aer: alpha <- max(0, alpha + rate (H* - H)), from 0, with H* = target_ratio H_0, H_0 of the first batch."""
+    first = state.get("first_entropy", entropy)
+    return {"alpha": max(0.0, state.get("alpha", 0.0) + rate * (target_ratio * first - entropy)), "first_entropy": first}
+
+
+def siren(log_probs, old_log_probs, advantages, response_mask, *, nucleus_entropy,
+          anchor=math.nan, coef=0.005, peak_frac=0.2, clip_low=0.2, clip_high=0.2, num_tokens=None):
+    """GRPO, with a penalty that keeps the entropy of the most uncertain tokens where it was at the start.
+
+    nucleus_entropy (B, T): entropy in nats of the renormalised smallest set of tokens with probability >= 0.8, with
+    gradient; anchor is its mean over the peak tokens of the first rollout batch, from siren_anchor below.
+
+        peak = the peak_frac of each response's tokens with the highest nucleus entropy
+        L = L_GRPO + coef (mean over peak of H^0.8 - anchor)^2
+
+    SIREN, released code. The mean is over this call's peak tokens; a call counts by its share of the step's tokens. In the
+    first step, which measures the anchor, there is no penalty.
+    """
+    loss, metrics = grpo(log_probs, old_log_probs, advantages, response_mask,
+                         clip_low=clip_low, clip_high=clip_high, num_tokens=num_tokens)
+    rank = nucleus_entropy.detach().masked_fill(~response_mask, -math.inf).argsort(1, descending=True).argsort(1)
+    peak = response_mask & (rank < torch.ceil(peak_frac * response_mask.sum(1, keepdim=True)))
+    mean, share = token_mean(nucleus_entropy, peak), token_mean(torch.ones_like(log_probs), response_mask, num_tokens)
+    penalty = 0.0 if math.isnan(anchor) else coef * share * (mean - anchor).square()
+    return loss + penalty, metrics | {"entropy/peak_mean": share * mean.detach()}
+
+
+def siren_anchor(state, entropy, progress, metrics):
+    """Controller of siren: the anchor is what the first step measured."""
+    anchor = state.get("anchor", math.nan)
+    return {"anchor": metrics.get("entropy/peak_mean", math.nan) if math.isnan(anchor) else anchor}
+
+
 # ---- the registry -----------------------------------------------------------------------------------------------------
 
-METHODS = {f.__name__: f for f in (grpo, clip_higher, entropy_bonus, kl_loss, clip_cov, kl_cov, steer, par)}
-CONTROLLERS = {"par": par_weight}
-IDLE_WITH_ONE_UPDATE = {  # r = 1 throughout, so their clip or penalty never acts: train.py warns
-    "clip_higher": "the ratio is 1 throughout and no clip can act: this is GRPO; use more updates per rollout",
+METHODS = {f.__name__: f for f in (
+    grpo, clip_higher, entropy_bonus, kl_loss, clip_cov, kl_cov, steer, par,
+    w_reinforce, entropy_advantage, entropic, dcpo, aepo, flex_clip, ce_gppo, cispo, gspo,
+    rand_pos_clip, fork_tokens, clip_b, clip_v, adaptive_entropy, aer, siren)}
+CONTROLLERS = {"par": par_weight, "entropic": entropic_alpha, "dcpo": dcpo_mix, "aepo": aepo_temperature,
+               "flex_clip": flex_clip_shares, "adaptive_entropy": adaptive_entropy_coef, "aer": aer_alpha, "siren": siren_anchor}
+MASKS = {"clip_b": clip_b_mask, "clip_v": clip_v_mask}  # edit the response mask, once per rollout batch
+
+_ONE = "the ratio is 1 throughout and no clip can act: this is GRPO; use more updates per rollout"
+IDLE_WITH_ONE_UPDATE = {  # train.py warns
+    "clip_higher": _ONE, "flex_clip": _ONE, "ce_gppo": _ONE,
     "kl_cov": "its penalty has no gradient at ratio 1: this is plain policy gradient; use more updates per rollout",
+}
+REFUSED = {  # (method, flag of train.py): why they do not go together
+    ("w_reinforce", "dynamic_sampling"): "it has no baseline, so that groups with equal rewards do teach; leave out --dynamic_sampling",
+    ("w_reinforce", "adv_norm"): "it does not use group advantages, so there is nothing to normalise; leave out --adv_norm",
+    ("aepo", "tis_cap"): "part of its answers are sampled at another temperature on purpose, which the weight would undo; leave out --tis_cap",
+    ("gspo", "tis_cap"): "its ratio belongs to the sequence, and weights per token would change what it clips; leave out --tis_cap",
 }
 
 
@@ -347,28 +713,36 @@ def default_knobs(function):
 
 
 def parse_knobs(method, settings):
-    """["cov_frac=2e-2", ...] -> (knobs of the loss, knobs of its controller's rule or {}), the defaults filled in.
+    """["cov_frac=2e-2", ...] -> knobs of the loss, of its controller's rule, of its mask ({} without), defaults filled in.
 
     Raises ValueError on an unknown method, an unknown knob (listing those that the method has) or a value that the
     method refuses: it is called once here, on two tokens, so that a typing error costs no model to be loaded.
     """
     if method not in METHODS:
         raise ValueError(f"--method {method} is unknown. Methods: {', '.join(sorted(METHODS))}")
-    loss_knobs = default_knobs(METHODS[method])
-    rule_knobs = default_knobs(CONTROLLERS[method]) if method in CONTROLLERS else {}
-    known = loss_knobs | rule_knobs
+    rule = CONTROLLERS.get(method)
+    loss_knobs, rule_knobs, mask_knobs = (default_knobs(f) if f else {} for f in (METHODS[method], rule, MASKS.get(method)))
+    example = ({}, 1.0, 0.0, {"reward/mean": 0.5})
+    state = rule(*example) if rule else {}  # what the controller sets is no knob
+    known = {name: value for name, value in loss_knobs.items() if name not in state} | rule_knobs | mask_knobs
     for setting in settings:
         name, _, text = setting.partition("=")
         if name not in known:
             listed = ", ".join(f"{k}={v}" for k, v in known.items())
-            raise ValueError(f"--knobs {setting}: {method} has no knob '{name}'. It has: {listed}")
+            raise ValueError(f"--knobs {setting}: {method} has no knob '{name}'. It has: {listed or 'none'}")
         value = read_knob(setting, text, known[name])
-        loss_knobs.update({name: value} if name in loss_knobs else {})
-        rule_knobs.update({name: value} if name in rule_knobs else {})
-    state = CONTROLLERS[method]({}, 1.0, 0.0, **rule_knobs) if method in CONTROLLERS else {}
+        for knobs in (loss_knobs, rule_knobs, mask_knobs):
+            if name in knobs:
+                knobs[name] = value
+    state = rule(*example, **rule_knobs) if rule else {}
     two = torch.full((1, 2), -1.0)
-    METHODS[method](two, two, -two, two < 0, **{name: two for name in wanted_tensors(method)}, **(loss_knobs | state))
-    return loss_knobs, rule_knobs
+    METHODS[method](two, two, -two, two < 0, **{name: two for name in wanted_tensors(method)}, **with_state(loss_knobs, state))
+    return loss_knobs, rule_knobs, mask_knobs
+
+
+def with_state(loss_knobs, state):
+    """The knobs of a loss, those that its controller sets taken from the state."""
+    return {name: state.get(name, value) for name, value in loss_knobs.items()}
 
 
 def read_knob(setting, text, default):

@@ -19,6 +19,7 @@ Shapes: P prompts, n answers to each, B rows decoded together, S tokens in the c
 """
 import functools
 import importlib.util
+import math
 import os
 import random
 import socket
@@ -35,6 +36,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.initialization import no_init_weights
 
 import verify
+from losses import group_advantages
 
 
 def full_tensors(model):
@@ -319,13 +321,18 @@ def shuffled(count, seed, epoch):
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
-def answer(engine, tokenizer, problems, prompts, seeds, *, n, max_tokens, temperature):
-    """n verified answers to each problem: per problem, a list of n dicts. prompts: their token ids; seeds: one each."""
+def answer(engine, tokenizer, problems, prompts, seeds, *, n, max_tokens, temperature, adv_norm="std"):
+    """n answers to each problem, sampled, verified and centred within their group: per problem a list of n dicts.
+
+    prompts: the problems' token ids; seeds: one each, at least n apart."""
     ids, log_probs, truncated = engine.generate(prompts, n=n, max_tokens=max_tokens, temperature=temperature, seeds=seeds)
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    rewards = verify.score([problem for problem in problems for _ in range(n)], texts)
-    answers = [dict(prompt=prompts[i // n], response=ids[i], log_probs=log_probs[i], truncated=truncated[i], reward=rewards[i])
-               for i in range(len(ids))]
+    rewards = torch.tensor(verify.score([problem for problem in problems for _ in range(n)], texts))
+    columns = [ids, log_probs, truncated, rewards.tolist(), group_advantages(rewards, n, adv_norm).tolist(),
+               rewards.view(-1, n).mean(1).repeat_interleave(n).tolist()]
+    names = ("response", "log_probs", "truncated", "reward", "advantage", "group_accuracy")
+    answers = [dict(zip(names, row), problem=problems[i // n], prompt=prompts[i // n], seed=seeds[i // n])
+               for i, row in enumerate(zip(*columns))]
     return [answers[i:i + n] for i in range(0, len(answers), n)]
 
 
@@ -343,12 +350,27 @@ def rollout_batch(engine, tokenizer, problems, prompts, drawn, cfg):
         chosen = [data_index(position, len(problems), cfg.seed) for position in positions]
         for group in answer(engine, tokenizer, [problems[i] for i in chosen], [prompts[i] for i in chosen],
                             [(cfg.seed * 2**32 + position) * cfg.group_size for position in positions],
-                            n=cfg.group_size, max_tokens=cfg.max_response_len, temperature=cfg.temperature):
+                            n=cfg.group_size, max_tokens=cfg.max_response_len, temperature=cfg.temperature,
+                            adv_norm=cfg.adv_norm):
             teaches = len({a["reward"] for a in group}) > 1
             (varied if teaches or not cfg.dynamic_sampling else flat).append(group)
         if total(torch.tensor(max(0, share - len(varied)))) == 0:
             break
     return [a for group in (varied + flat)[:share] for a in group], drawn
+
+
+def mix_second_sample(engine, tokenizer, answers, state, cfg):
+    """Sample the first quarter of the prompts once more, at state["second_temperature"] times the temperature. Those of
+    advantage > 0.05 get A = 1 and take the place of the first answers, at most state["replaced_rows"] over all ranks. In
+    place; the method is aepo."""
+    first = answers[:len(answers) // 4:cfg.group_size]
+    groups = answer(engine, tokenizer, [a["problem"] for a in first], [a["prompt"] for a in first], [a["seed"] + 2**61 for a in first],
+                    n=cfg.group_size, max_tokens=cfg.max_response_len, adv_norm=cfg.adv_norm,
+                    temperature=cfg.temperature * state["second_temperature"])
+    good = [a for group in groups for a in group if a["advantage"] > 0.05]
+    for row, a in enumerate(good[:int(state["replaced_rows"]) // dist.get_world_size()]):
+        a["log_probs"] = [math.nan] * len(a["response"])  # at the other temperature they are, and no engine gap
+        answers[row] = a | {"advantage": 1.0}
 
 
 def evaluate(engine, tokenizer, sets, cfg):
@@ -372,8 +394,8 @@ def evaluate(engine, tokenizer, sets, cfg):
 
 
 def collate(answers, device):
-    """Answers as tensors: ids (B, L), prompt and response, padded on the right; prompt_lens, lengths (B,), in tokens;
-    response_mask, rollout_log_probs (B, T); rewards, truncated (B,)."""
+    """Answers as tensors: ids (B, L), prompt and response, padded on the right; prompt_lens, lengths (B,), tokens;
+    response_mask and, 0 on padding, rollout_log_probs, advantages, rewards, group_accuracy (B, T)."""
     prompt_lens = torch.tensor([len(a["prompt"]) for a in answers])
     response_lens = torch.tensor([len(a["response"]) for a in answers])
     lengths = prompt_lens + response_lens
@@ -382,8 +404,9 @@ def collate(answers, device):
     for i, a in enumerate(answers):
         ids[i, :lengths[i]] = torch.tensor(a["prompt"] + a["response"])
         log_probs[i, :response_lens[i]] = torch.tensor(a["log_probs"])
-    batch = dict(ids=ids, prompt_lens=prompt_lens, lengths=lengths, response_mask=mask, rollout_log_probs=log_probs,
-                 rewards=torch.tensor([a["reward"] for a in answers]), truncated=torch.tensor([a["truncated"] for a in answers]))
+    batch = dict(ids=ids, prompt_lens=prompt_lens, lengths=lengths, response_mask=mask, rollout_log_probs=log_probs)
+    for name, key in (("advantages", "advantage"), ("rewards", "reward"), ("group_accuracy", "group_accuracy")):
+        batch[name] = torch.tensor([a[key] for a in answers])[:, None] * mask
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
@@ -406,15 +429,21 @@ def micro_batches(lengths, rows, budget):
     return batches
 
 
-def rollout_metrics(batch, old_log_probs, group_size):
-    """What the answers of a step look like, and how far the engine's log-probs are from the trainer's: {metric: float}."""
-    mask, rewards = batch["response_mask"], batch["rewards"]
-    groups = rewards.view(-1, group_size)
-    gap = (old_log_probs - batch["rollout_log_probs"])[mask].abs()
+def gap_metrics(batch, old_log_probs):
+    """How far the engine's log-probs are from the trainer's, nats per token: {metric: float} over all ranks."""
+    gap = (old_log_probs - batch["rollout_log_probs"])[batch["response_mask"]].abs()
+    gap = gap[gap.isfinite()]  # nan: of a second sample at another temperature
     largest = gap.max().double()
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    sums = [torch.ones_like(rewards), rewards, groups.eq(groups[:, :1]).all(1), batch["truncated"], mask, gap]
-    answers, reward, flat, cut, tokens, gaps = total(torch.stack([x.double().sum() for x in sums])).tolist()
-    return {"reward/mean": reward / answers, "reward/zero_std_frac": flat * group_size / answers,
-            "response/len_mean": tokens / answers, "response/truncated_frac": cut / answers,
-            "rollout/gap_mean": gaps / tokens, "rollout/gap_max": largest.item()}
+    tokens, summed = total(torch.stack([torch.ones_like(gap).sum(), gap.sum()])).tolist()
+    return {"rollout/gap_mean": summed / tokens, "rollout/gap_max": largest.item()}
+
+
+def reward_metrics(answers, group_size):
+    """What the answers of a step look like, {metric: float} over all ranks."""
+    groups = [[a["reward"] for a in answers[i:i + group_size]] for i in range(0, len(answers), group_size)]
+    count, reward, flat, tokens, cut = total(torch.tensor([
+        len(answers), sum(map(sum, groups)), group_size * sum(len(set(g)) == 1 for g in groups),
+        sum(len(a["response"]) for a in answers), sum(a["truncated"] for a in answers)])).tolist()
+    return {"reward/mean": reward / count, "reward/zero_std_frac": flat / count, "response/len_mean": tokens / count,
+            "response/truncated_frac": cut / count}

@@ -1,12 +1,22 @@
-"""Every test here turns red when the behaviour that it names is taken away."""
+"""Every test here turns red when the behaviour that it names is taken away: pytest -q test_all.py"""
+import ast
+import importlib.util
+import itertools
 import json
 import math
 import os
+import random
+import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
+from fractions import Fraction
 from pathlib import Path
+from unittest.mock import Mock
 
 from rollout import prepare_environment
 
@@ -15,6 +25,10 @@ prepare_environment()
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Qwen2Config
 
 import entropy
@@ -22,7 +36,9 @@ import losses
 import rollout
 import tiny
 import train
+import verify
 from losses import METHODS, group_advantages, importance_ratio, k3, ppo_surrogate, scale_gradient, token_covariance, token_mean
+from verify import RULES, Problem, judge_countdown, judge_math, load_problems, outcomes, pass_at_k, render, score
 
 HERE = Path(__file__).parent
 
@@ -43,6 +59,9 @@ def extras(method, case, seed=1):
     made = {}
     for name in losses.wanted_tensors(method):
         noise = torch.rand(case[0].shape, generator=g, dtype=case[0].dtype)
+        if name == "num_sequences":
+            made[name] = torch.tensor(len(case[0]))
+            continue
         made[name] = case[0].detach() + 0.2 * noise if name.endswith("log_probs") else 0.1 + 2 * noise
     return made
 
@@ -132,10 +151,10 @@ def test_par_gradient_law_on_logits():
 def test_par_schedules():
     state, weights = {}, []
     for entropy in (0.5, 0.5, 0.5, 0.1, 0.1, 0.1, 0.1):
-        state = losses.par_weight(state, entropy, 0.0, delta=0.4)
+        state = losses.par_weight(state, entropy, 0.0, {}, delta=0.4)
         weights.append(round(state["positive_weight"], 6))
     assert weights == [0.4, 0.8, 1.0, 0.6, 0.2, 0.0, 0.0]
-    at = lambda p, **k: losses.par_weight({}, 0.5, p, **k)["positive_weight"]
+    at = lambda p, **k: losses.par_weight({}, 0.5, p, {}, **k)["positive_weight"]
     assert [at(p, schedule="stage") for p in (0.0, 0.5, 0.75)] == [0.0, 0.0, 0.5]
     assert [at(p, schedule="epoch", epochs=3) for p in (0.0, 0.34, 0.99)] == [0.0, 0.5, 1.0]
     assert at(0.3, schedule="constant", positive_weight=0.7) == 0.7
@@ -274,7 +293,12 @@ def test_par_at_zero_trains_on_wrong_answers_only():
 
 # ---- invariances ------------------------------------------------------------------------------------------------------
 
-SELECTS_PER_CALL = {"clip_cov", "kl_cov", "steer"}  # a choice, or a maximum, over the tokens of the call: as released
+SELECTS_PER_CALL = {"clip_cov", "kl_cov", "steer", "fork_tokens", "siren"}  # a choice, maximum or mean over the call's tokens
+DRAWS = {"clip_cov", "rand_pos_clip"}
+
+
+def rows_of(tensors, rows):
+    return {name: x[rows] if x.dim() else x for name, x in tensors.items()}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -284,6 +308,9 @@ def test_padding_changes_nothing(method):
     tensors = extras(method, case)
     padded, padded_tensors = [], {}
     for x in (*case, *tensors.values()):
+        if x.dim() == 0:
+            padded.append(x)
+            continue
         filled = torch.where(case[3], x.detach(), math.nan) if x.is_floating_point() else x
         padded.append(torch.nn.functional.pad(filled, (0, 4), value=math.inf if x.is_floating_point() else False))
     for name, x in zip(tensors, padded[4:]):
@@ -298,14 +325,14 @@ def test_padding_changes_nothing(method):
     assert torch.allclose(results[0][0], results[1][0], rtol=1e-12) and torch.allclose(*[g for _, g in results], rtol=1e-12)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in SELECTS_PER_CALL])
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in SELECTS_PER_CALL | DRAWS])
 def test_micro_batches_add_up(method):
     case, tensors = random_case(), extras(method, random_case())
     loss, gradient, metrics = run(method, case)
     N, sums, metric_sums, gradients = case[3].sum(), 0, {}, []
     for rows in (slice(0, 1), slice(1, 4), slice(4, 6)):
         lp = case[0].detach()[rows].clone().requires_grad_()
-        part, m = METHODS[method](lp, *(x[rows] for x in case[1:]), **{k: v[rows] for k, v in tensors.items()}, num_tokens=N)
+        part, m = METHODS[method](lp, *(x[rows] for x in case[1:]), **rows_of(tensors, rows), num_tokens=N)
         part.backward()
         sums, gradients = sums + part.detach(), gradients + [lp.grad]
         metric_sums = {k: metric_sums.get(k, 0) + v for k, v in m.items()}
@@ -314,13 +341,13 @@ def test_micro_batches_add_up(method):
         assert torch.allclose(metric_sums[name], value, rtol=1e-6)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "clip_cov"])
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in DRAWS])
 def test_row_order_does_not_matter(method):
     case, tensors = random_case(), extras(method, random_case())
     order = torch.tensor([3, 1, 5, 0, 4, 2])
     loss, gradient, _ = run(method, case)
     lp = case[0].detach()[order].clone().requires_grad_()
-    shuffled, _ = METHODS[method](lp, *(x[order] for x in case[1:]), **{k: v[order] for k, v in tensors.items()})
+    shuffled, _ = METHODS[method](lp, *(x[order] for x in case[1:]), **rows_of(tensors, order))
     shuffled.backward()
     assert torch.allclose(shuffled, loss, rtol=1e-10) and torch.allclose(lp.grad, gradient[order], rtol=1e-10)
 
@@ -360,9 +387,530 @@ def test_bad_knobs_are_refused_with_what_there_is(method, setting, complaint):
 
 
 def test_knobs_reach_loss_and_controller():
-    loss_knobs, rule_knobs = losses.parse_knobs("par", ["positive_weight=0.3", "schedule=constant", "clip_high=0.25"])
+    loss_knobs, rule_knobs, _ = losses.parse_knobs("par", ["positive_weight=0.3", "schedule=constant", "clip_high=0.25"])
     assert loss_knobs["clip_high"] == 0.25 and rule_knobs["schedule"] == "constant" and rule_knobs["positive_weight"] == 0.3
     assert losses.parse_knobs("steer", ["dual_clip=none"])[0]["dual_clip"] is None
+
+
+# ---- the embedded task ------------------------------------------------------------------------------------------------
+
+def reachable(numbers):
+    """Every value of four numbers under + - *, by taking pairs away: another way than tiny.py's."""
+    if len(numbers) == 1:
+        return set(numbers)
+    values = set()
+    for a, b in itertools.combinations(range(len(numbers)), 2):
+        x, y, rest = numbers[a], numbers[b], [n for i, n in enumerate(numbers) if i not in (a, b)]
+        for z in {x + y, x - y, y - x, x * y}:
+            values |= reachable(rest + [z])
+    return values
+
+
+def test_problems_are_deterministic_nested_disjoint_and_solvable():
+    train, test = tiny.problems("train", 2000), tiny.problems("test", 500)
+    assert train[:100] == tiny.problems("train", 100) and test == tiny.problems("test", 500)
+    assert train[0].prompt == "1 5 7 13=26:" and test[0].prompt == "2 9 10 11=20:"                  # in another process too
+    other = {p.prompt for seed in (1, 2) for p in tiny.problems("train", 2000, seed)}
+    assert len({p.prompt for p in train}) == 2000 and not {p.prompt for p in test} & (other | {p.prompt for p in train})
+    assert {p.prompt for p in train} != {p.prompt for p in tiny.problems("train", 2000, 1)}
+    for p in train[:40] + test[:40]:
+        numbers, target = json.loads(p.answer)["numbers"], json.loads(p.answer)["target"]
+        assert p.prompt == f"{' '.join(map(str, sorted(numbers)))}={target}:" and p.rule == "countdown"
+        assert len(numbers) == 4 and set(numbers) <= set(range(1, 14)) and 1 <= target <= 99
+        assert target in reachable(numbers)
+    for bad in (("dev", 1), ("train", 5001), ("test", -1)):
+        with pytest.raises(ValueError):
+            tiny.problems(*bad)
+
+
+def test_solutions_reach_the_target_and_parentheses_are_needed():
+    rng = random.Random(0)
+    value = lambda text: eval(re.sub(r"\d+", lambda n, row=iter((101, 1009, 20011, 300007)): str(next(row)), text))
+    for numbers, target, text in (tiny.random_solution(rng) for _ in range(2000)):
+        leaves = sorted(n.value for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Constant))
+        assert leaves == numbers and eval(text) == target and 1 <= target <= 99 and len(text) <= 15
+        opened = []
+        for j, c in enumerate(text):
+            if c == "(":
+                opened.append(j)
+            elif c == ")":
+                i = opened.pop()
+                assert value(text[:i] + text[i + 1:j] + text[j + 1:]) != value(text)
+
+
+def test_batches_train_on_the_answer_alone_and_never_on_a_test_problem():
+    test, seen = {p.prompt for p in tiny.problems("test", 2000)}, set()
+    token = {i: t for t, i in tiny.VOCAB.items()}
+    for ids, labels in itertools.islice(tiny.supervised_batches(random.Random(0), 32), 100):
+        for row, label in zip(ids.tolist(), labels.tolist()):
+            text = "".join(token[i] for i in row).replace(tiny.PAD, "")
+            answer = "".join(token[i] for i in label if i != -100)
+            prompt = text[:text.index(":") + 1]
+            assert text == prompt + answer and answer.endswith(tiny.EOS)
+            assert eval(answer[:-len(tiny.EOS)]) == int(prompt[prompt.index("=") + 1:-1])
+            assert all(b in (-100, a) for a, b in zip(row, label))
+            seen.add(prompt)
+    assert len(seen) > 2000 and not seen & test
+
+
+def test_base_is_made_once_complete_or_not_at_all_and_leaves_the_caller_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny, "TRAINING", tiny.TRAINING | dict(steps=3, batch=4))
+    states = lambda: (random.getstate(), torch.get_rng_state().tolist(), torch.get_num_threads())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    before = states()
+    with monkeypatch.context() as patch:                                                 # killed while saving
+        patch.setattr(tiny, "make_tokenizer", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            tiny.base_model(str(tmp_path / "base"), progress=False)
+    assert all(name.endswith(".tmp") for name in os.listdir(tmp_path))
+    path = tiny.base_model(str(tmp_path / "base"), progress=False)
+    assert states() == before
+    torch.set_num_threads(threads)
+    torch.manual_seed(1)
+    again = tiny.base_model(str(tmp_path / "other"), progress=False)                     # deterministic
+    a, b = (AutoModelForCausalLM.from_pretrained(p).state_dict() for p in (path, again))
+    assert all(torch.equal(a[k], b[k]) for k in a) and a["lm_head.weight"].data_ptr() == a["model.embed_tokens.weight"].data_ptr()
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny, "train_base", lambda *_: 1 / 0)
+        assert tiny.base_model(str(tmp_path / "base"), progress=False) == path           # cached
+        patch.setitem(tiny.TRAINING, "lr", 1.0)                                          # other settings, another base
+        with pytest.raises(ZeroDivisionError):
+            tiny.base_model(str(tmp_path / "base"), progress=False)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    for text in [p.prompt for p in tiny.problems("test", 200)] + ["(11+10)*(12-3)", "7*(5-(3-2))"]:
+        ids = tokenizer(text)["input_ids"]
+        assert ids == [tiny.VOCAB[c] for c in text] and tokenizer.decode(ids) == text
+    generation = AutoModelForCausalLM.from_pretrained(path).generation_config
+    assert tokenizer.eos_token_id == generation.eos_token_id == tiny.VOCAB[tiny.EOS] != tokenizer.pad_token_id
+
+
+# ---- verifier: a table, hostile answers, loaders ----------------------------------------------------------------------
+
+ROWS = r"""
+right | 34 | 34 ;; 1,234 | 1234 ;; 1{,}234 | 1234 ;; 11,\!111,\!100 | 11111100 ;; 1\,234 | 1,234 ;; 34.0 | 34 ;; $34$. | 34
+right | x = 34 | 34 ;; N = \frac{68}{2} = 34 | 34 ;; m+n = 34 | 34 ;; \$34 | 34 ;; 34 \text{ cm}^2 | 34 ;; \(34\) | 34
+right | 34 \mathrm{~m/s^{2}} | 34 ;; 34 dollars | 34 ;; 34^{\circ} | 34 ;; 62.5 | 62.5\% ;; 0.625 | 62.5% ;; 50\% | 0.5
+right | \dfrac12 | \frac{1}{2} ;; 0.5 | \frac{1}{2} ;; 1/2 | 0.5 ;; 1\frac{4}{5} | 9/5 ;; -\frac{1}{3} | \frac{-1}{3} ;; (5) | 5
+right | 4.5 \times 10^{33} | 4.5e33 ;; 10^{-5} | 1e-5 ;; .5 | 0.50 ;; \frac{270}7 | \frac{270}{7} ;; \text{(C)} | C ;; C | (C)
+right | \text{ Evelyn } | Evelyn ;; East | east ;; 3, 1 | 1,3 ;; \{1, 3\} | 3,1 ;; 1 \text{ and } 3 | 1,3 ;; \text{even} | even
+right | \left( 1, \frac{1}{2} \right) | (1,0.5) ;; (1,2),(3,4) | (3,4), (1,2) ;; [-2, 7] | [-2,7] ;; x \in [-2,7] | [-2,7]
+right | (3,\infty)\cup(-\infty,2) | (-\infty,2)\cup(3,\infty) ;; 1+\sqrt{5}, 1-\sqrt5 | 1\pm\sqrt{5} ;; y=-2x | -2x
+right | \begin{bmatrix}1\\2\end{bmatrix} | \begin{pmatrix}1\\2\end{pmatrix} ;; 2(k+1) | 2k+2 ;; 2r \pi | 2\pi r ;; 2x | f(x)=2 x
+right | \frac{\sqrt{3}}{3} | \frac{1}{\sqrt{3}} ;; 0.5\pi | \frac{\pi}{2} ;; k \ge 2 | k \geqslant 2 ;; (b+2)(a+5) | (a+5)(b+2)
+right | 2y=4x+2 | y-2x=1 ;; 4210_{5} | 4210_5 ;; 8,5 | 5,8 ;; (6, 5) | (6,5) ;; \binom{2n}{n} | \frac{(2n)!}{(n!)^2}
+wrong | 35 | 34 ;; -34 | 34 ;; 3 4 | 34 ;; 3 4 | 7 ;; 1, 234 | 1234 ;; 33, 34, 35 | 34 ;; 33 or 34 | 34 ;; 34 million | 34
+wrong | 34 or more | 34 ;; 34x | 34 ;; x = 33 = 34 | 34 ;; \sqrt{1156} | 34 ;; \sum_{k=1}^{9} k | 45 ;; 0.33 | \frac{1}{3}
+wrong | 0.3333333333333333 | 1/3 ;; 1e-9 | 1e-8 ;; NaN | 5 ;; \infty | 5 ;; inf | 5 ;; nan | NaN5 ;; 1e400 | 5 ;; 1_0 | 10
+wrong | (2,1) | (1,2) ;; [1,2] | (1,2) ;; 1,2 | (1,2) ;; (1,3) | (1,2) ;; 1,2,2 | 1,2 ;; 1 | 1,2 ;; 1,2,3 | 1,2 ;; 1,1 | 1,2
+wrong | (8,-2) | (9,-2) ;; seat | east ;; m | M ;; 2m+1 | 2M+1 ;; 4210_7 | 4210_5 ;; 4210 | 4210_5 ;; m = 3 | k = 3 ;; 2k+3 | 2k+2
+wrong | \int_0^1 2x dx + k | k+1 ;; y=-2x | y'=-2x ;; -\frac{dx}{dt}=kx | \frac{dx}{dt}=kx ;; 10^{-9}\pi | 10^{-8}\pi ;; 1=0 | x+1=x
+wrong | c(\gamma^2-7) | c(\gamma^2-1) ;; ３４ | 34 ;; 3​4 | 34 ;; 34​ | 34 ;; −34 | -34 ;; 2х | 2x ;; 1 / 0 | 0 ;; \frac{1}{0} | 5
+wrong | \frac{k}{0} | \frac{2k}{0}+k ;; \boxed{3}, 34 | 34 ;; 34 \text{ or } 35 | 34 ;; 5 \text{ but maybe 7} | 5 ;; -\frac{1}{2} | \frac{1}{2}
+wrong | eaſt | east ;; k+\gcd(2,3) | k+1 ;; 1024.0000001 | 2^{10} ;; 1.41421356 | \sqrt{2} ;; 0.00000001 | 2^{-40} ;; 34 \text{ or more} | 34
+wrong | (312123231) | (312,123,231) ;; 1\frac{-4}{5} | \frac{1}{5} ;; 10^{-21}\pi | 10^{-20}\pi ;; 2k+2\approx 3 | 2k+2 ;; (5,\infty+1) | (5,\infty)
+"""
+TABLE = [(verdict, *pair.split(" | ")) for line in ROWS.strip().splitlines()
+         for verdict, rest in [line.split(" | ", 1)] for pair in rest.split(" ;; ")]
+
+
+@pytest.mark.parametrize("verdict, answer, gold", TABLE)
+def test_math_table(verdict, answer, gold):
+    assert (judge_math(rf"so \boxed{{{answer}}}.", gold) == "right") == (verdict == "right")
+
+
+def test_where_the_answer_is():
+    for response, answer in [(r"\boxed{1} \boxed{\frac{1}{2}}", r"\frac{1}{2}"), (r"\boxed{\boxed{5}}", "5"), ("Answer: 5\n#### 6", "5"),
+                             (r"\boxed {\{1\}}", r"\{1\}"), ("**Answer: 5**", "5"), ("x\n#### 1,000\n", "1,000"), ("5", None), (r"\boxed{\{5}", r"\{5"),
+                             (r"\boxed{5} \boxed{6", None), (r"\boxed{}", None), ("Answer:\n5", None), (r"\boxed5", None),
+                             (r"\boxed{" + "1" * 1001 + "}", None), ("Answer: " + "1" * 1001, None), (r"\boxed{" + "1" * 1000 + "}", "1" * 1000)]:
+        assert verify.extract(response) == answer, response
+
+
+HOSTILE = ["9^{9^{9^9}}x", "x^{9^{9^{9^9}}}", "{" * 10**6 + "}" * 10**6, "{" * 400 + "x" + "}" * 400, "(" * 490 + "x" + ")" * 490,
+           "x+1" * 300000, r"\def\a{\a\a}\a x", r"\let\x=\x\x", r"\boxed{" * 1000, r"\sqrt{" * 120 + "x" + "}" * 120, "x!" + "!" * 100,
+           "(99999999!)x", r"\frac{" * 90 + "x" + "}{x}" * 90, "(x+1)^{99999999}", r"\binom{10^9}{10^8}x", "__import__('os').system('touch /tmp/pwned')x",
+           "x;import os", r"\input{/etc/passwd}x", "x\0", "\ud800x", "x" + "\u200b", "\\", "x\\", "}{", "x=" * 300 + "x", "x," * 400, "\\{" * 300]
+
+
+def test_hostile_math_is_judged_in_time(monkeypatch):
+    monkeypatch.setattr(verify, "TIME_LIMIT", 0.5)
+    judge_math(r"\boxed{2(k+1)}", "2k+2")                                      # the worker is up
+    for text in HOSTILE:
+        for response in rf"\boxed{{{text}}}", f"Answer: {text}", text * 2 + rf"\boxed{{{text}":
+            start = time.monotonic()
+            assert judge_math(response, "x^2+2x+5") in ("wrong", "no_answer", "timeout"), text[:40]
+            assert time.monotonic() - start < 4, text[:40]
+    assert not os.path.exists("/tmp/pwned") and judge_math(r"\boxed{2(k+3)}", "2k+6") == "right"
+
+
+def children():
+    return subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "verify.py"], capture_output=True, text=True).stdout.split()
+
+
+def test_a_worker_that_hangs_is_killed_and_counted(monkeypatch):
+    monkeypatch.setattr(verify, "TIME_LIMIT", 0.5)
+    verify.close(), verify.ask.cache_clear(), outcomes.clear()
+    assert children() == [] and RULES["math"](r"\boxed{2(k+1)}", "2k+2") == 1.0
+    (pid,) = children()
+    os.kill(int(pid), signal.SIGSTOP)
+    assert RULES["math"](r"\boxed{3(k+1)}", "3k+3") == 0.0 and children() == []
+    assert RULES["math"](r"\boxed{4(k+1)}", "4k+4") == 1.0 and RULES["math"]("?", "4") == 0.0 and RULES["math"]("Answer: 5", "4") == 0.0
+    assert outcomes == {"right": 2, "timeout": 1, "no_answer": 1, "wrong": 1}
+    os.kill(int(children()[0]), signal.SIGKILL), time.sleep(0.1)               # killed from outside while idle
+    assert judge_math(r"\boxed{5(k+1)}", "5k+5") == "timeout" and judge_math(r"\boxed{6(k+1)}", "6k+6") == "right"
+    verify.close()
+    assert children() == []
+    monkeypatch.setattr(sys, "executable", "/bin/false"), verify.ask.cache_clear()
+    with pytest.raises(RuntimeError, match="does not start"):
+        judge_math(r"\boxed{9(k+1)}", "9k+9")
+
+
+def test_a_worker_does_not_survive_its_parent():
+    code = (f"import sys, os; sys.path.insert(0, {os.path.dirname(verify.__file__)!r}); import verify\n"
+            "w = verify.start_worker(); print(w.pid, flush=True); os.kill(os.getpid(), 9)")
+    pid = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
+    time.sleep(1)
+    assert not os.path.exists(f"/proc/{pid}") or "Z" in open(f"/proc/{pid}/stat").read().split()[2]
+
+
+def test_score_off_the_main_thread():                                          # where SIGALRM timeouts give silent zeros
+    out, problems = [], [Problem("", gold, "math") for gold in ("5", "2k+2", "2k+4", "x")] * 3
+    thread = threading.Thread(target=lambda: out.extend(score(problems, [r"\boxed{5}", r"\boxed{2(k+1)}", r"\boxed{2(k+2)}", "?"] * 3)))
+    thread.start(), thread.join()
+    assert out == [1.0, 1.0, 1.0, 0.0] * 3
+    start = time.monotonic()
+    assert sum(score(problems[:1] * 4096, [rf"\boxed{{{i}}}" for i in range(4096)])) == 1 and time.monotonic() - start < 4
+    with pytest.raises(ValueError, match="1 problems, but 2"):
+        score(problems[:1], ["", ""])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.fractions(min_value=-10**6, max_value=10**6, max_denominator=999), st.fractions(max_denominator=999))
+def test_numbers_match_exactly_when_equal(x, y):
+    spelled = [f"{x}", rf"\frac{{{x.numerator}}}{{{x.denominator}}}", rf"\dfrac{{{2 * x.numerator}}}{{{2 * x.denominator}}}"]
+    for text in spelled:
+        assert judge_math(f"Answer: {text}", f"{x}") == "right" and (judge_math(f"Answer: {text}", f"{y}") == "right") == (x == y)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet="0123456789\\{}()[]^_.,+-*/=$% fracsqtbox\u0664", max_size=60))
+def test_any_text_is_judged(text):                                             # against a number sympy is never asked
+    assert judge_math(rf"\boxed{{{text}}}", "17") in (("right", "wrong", "no_answer") if "17" in text or "/" in text or "frac" in text
+                                                      or "34" in text or "." in text or "%" in text else ("wrong", "no_answer"))
+    assert judge_countdown(text, '{"numbers": [1, 2], "target": 3}') in ("right", "wrong", "no_answer")
+
+
+@pytest.mark.parametrize("verdict, text", [
+    ("right", "(3+5)*7-2"), ("right", " 7*(5+3)-2 = 54 "), ("right", "a <answer>1</answer> b <answer>(3+5)*7-2</answer>"), ("right", "(5+3)*7-2\n"),
+    ("wrong", "(3+5)*7-2=55"), ("wrong", "(3+5)*7"), ("wrong", "54"), ("wrong", "(3+5)*7-2+7-7"), ("wrong", "(3+5)*7-1-1"), ("wrong", "3/(5-5)+7*2"),
+    ("no_answer", ""), ("no_answer", "((3+5)*7-2"), ("no_answer", "(3+5)*7--2"), ("no_answer", "-2+(3+5)*7"), ("no_answer", "(3+5)*7.0-2"), ("no_answer", "(3+5)*07-2"),
+    ("no_answer", "(3+5)*7_0-2"), ("no_answer", "3**5*7-2"), ("no_answer", "9**9**9**9"), ("no_answer", "(3+5)*７-2"), ("no_answer", "int('54')"), ("no_answer", "3 5"),
+    ("no_answer", "__import__('os').system('ls')"), ("no_answer", "(3).real"), ("no_answer", "3(5)"), ("no_answer", "(3,5)"), ("no_answer", "3//5"), ("no_answer", "1e9"),
+    ("no_answer", "(" * 10**6), ("no_answer", "9" * 10**6), ("no_answer", "<answer>(3+5)*7-2"), ("no_answer", "3+\u200b5"), ("no_answer", "3;5"), ("no_answer", "True+3")])
+def test_countdown_table(verdict, text):
+    assert judge_countdown(text, '{"numbers": [2, 3, 5, 7], "target": 54}') == verdict
+
+
+def test_countdown_divides_exactly():
+    assert judge_countdown("8/(3-8/3)", '{"numbers": [3, 3, 8, 8], "target": 24}') == "right"
+    assert judge_countdown("9999999999999999/9999999999999998", '{"numbers": [9999999999999999, 9999999999999998], "target": 1}') == "wrong"
+    assert judge_countdown("9" * 99 + "*" + "9" * 99, json.dumps({"numbers": [int("9" * 99)] * 2, "target": 1})) == "wrong"
+
+
+def test_pass_at_k_counts_subsets():
+    for n in range(1, 8):
+        for c in range(n + 1):
+            for k in range(1, n + 1):
+                draws = list(itertools.combinations([True] * c + [False] * (n - c), k))
+                assert pass_at_k(n, c, k) == float(Fraction(sum(map(any, draws)), len(draws)))
+    assert pass_at_k(10**5, 1, 1) == 1e-5
+    for n, c, k in (4, 5, 1), (4, 1, 5), (4, 1, 0), (4, -1, 1):
+        with pytest.raises(ValueError, match="pass@k needs"):
+            pass_at_k(n, c, k)
+
+
+def test_load_problems(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    def file(name, rows):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows)) if name.endswith("jsonl") else \
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        return path
+    chat = [{"content": "1+1?", "role": "user"}]
+    verl = [{"prompt": chat, "reward_model": {"ground_truth": "2", "style": "rule"}, "data_source": "a"}] * 32
+    for name in "a.parquet", "a.jsonl":
+        assert load_problems(file(name, verl)) == [Problem(chat, "2", "math")]
+    plain = [{"question": f"{i}?", "answer": f"so\n#### {i},000"} for i in range(5)] * 2
+    loaded = load_problems(file("b.parquet", plain), limit=3)
+    assert [p.answer for p in loaded] == ["0,000", "1,000", "2,000"] and r"\boxed{}" in loaded[0].prompt
+    assert load_problems(file("b.jsonl", [{"Problem": "p", "Answer": 27.0}]))[0].answer == "27.0"
+    counting = [{"nums": [2, 3, 5, 7], "target": 54}]
+    in_verl = {"prompt": chat, "reward_model": {"ground_truth": {"numbers": [2, 3, 5, 7], "target": 54}}}
+    for rows in counting, [in_verl]:
+        (problem,) = load_problems(file("c.parquet", rows))
+        assert problem.rule == "countdown" and score([problem], ["<answer>(3+5)*7-2</answer>"]) == [1.0]
+    bad = {"no such file": tmp_path / "none.jsonl", "not a .jsonl": tmp_path, "no problems": file("e.jsonl", []), "unknown rule 'x'; known: countdown, math": None,
+           "columns a, b; understood are prompt": file("f.jsonl", [{"a": 1, "b": 2}]), "row 2": file("g.jsonl", [*plain[:1], {"question": "?"}]),
+           "cannot judge": file("h.jsonl", [{"question": "?", "answer": "9" * 1001}]), "whole Parquet": file("i.parquet", counting)}
+    (tmp_path / "i.parquet").write_bytes(b"PAR1 no")
+    for message, path in bad.items():
+        with pytest.raises(ValueError, match=message) as error:
+            load_problems(path or tmp_path / "a.jsonl", rule=None if path else "x")
+        assert "\n" not in str(error.value)
+    (tmp_path / "j.jsonl").write_text("{}\n{")
+    for path, rule in (tmp_path / "j.jsonl", None), (tmp_path / "c.parquet", "math"), (tmp_path / "b.jsonl", "countdown"):
+        with pytest.raises(ValueError, match="row 1|line 2"):
+            load_problems(path, rule)
+
+
+def test_render():
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    raw = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "hi": 2, "A": 3, "you": 4, "?": 5}, unk_token="?"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", unk_token="?")
+    chat = [{"role": "user", "content": "hi"}, {"role": "user", "content": "you"}]
+    assert render(Problem("hi", "", "math"), tokenizer) == [0, 2] and render(Problem(chat, "", "math"), tokenizer) == [0, 2, 4]
+    assert render(Problem("<s> hi", "", "math"), tokenizer) == [0, 2]
+    tokenizer.chat_template = "{{ bos_token }} {% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}A{% endif %}"
+    assert render(Problem("hi", "", "math"), tokenizer) == [0, 2, 3] and render(Problem(chat, "", "math"), tokenizer) == [0, 2, 4, 3]
+
+
+# ---- rollout: what is drawn, from what, in which order ----------------------------------------------------------------
+
+EOS, LIMIT = 1, 256
+PROMPTS = [[3, 4, 5], [6, 7] * 70, [8], list(range(2, 30)), [9, 9]]  # 140 tokens: over one block of vLLM's cache
+SEEDS = [0, 100, 200, 300, 400]
+
+
+def rollout_model(kind="qwen2", seed=0):
+    # The config's own EOS is another token: stop_ids alone must decide.
+    common = dict(vocab_size=32, initializer_range=0.2, bos_token_id=0, eos_token_id=5, pad_token_id=0)
+    if kind == "qwen2":  # head_dim 32, as vLLM on CPU wants it; tied embeddings
+        config = Qwen2Config(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+                             num_key_value_heads=1, max_position_embeddings=LIMIT, tie_word_embeddings=True, **common)
+    else:
+        config = GPT2Config(n_embd=64, n_layer=2, n_head=2, n_positions=LIMIT, **common)
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def torch_engine(model, folder, **options):
+    model.config.save_pretrained(folder)
+    engine = rollout.TorchEngine(folder, dtype=torch.float32, device="cpu", stop_ids=[EOS], max_model_len=LIMIT,
+                                 **options)
+    engine.push_weights(rollout.full_tensors(model))
+    return engine
+
+
+@torch.no_grad()
+def trainer_log_probs(model, prompts, ids, n, temperature):
+    """As a trainer computes them: one right-padded forward without the cache."""
+    rows = [prompts[k // n] + answer for k, answer in enumerate(ids)]
+    width = max(map(len, rows))
+    batch = torch.tensor([r + [0] * (width - len(r)) for r in rows])
+    mask = torch.tensor([[1] * len(r) + [0] * (width - len(r)) for r in rows])
+    log_probs = torch.log_softmax(model(batch, attention_mask=mask).logits / temperature, -1)
+    return [log_probs[k, len(r) - len(a) - 1:len(r) - 1].gather(-1, torch.tensor(a)[:, None])[:, 0].tolist()
+            for k, (r, a) in enumerate(zip(rows, ids))]
+
+
+def gap(a, b):
+    return max(abs(x - y) for row_a, row_b in zip(a, b, strict=True) for x, y in zip(row_a, row_b, strict=True))
+
+
+def check_ends(ids, truncated, max_tokens):
+    assert any(truncated) and not all(truncated)
+    for answer, cut in zip(ids, truncated, strict=True):
+        assert EOS not in answer[:-1] and cut == (answer[-1] != EOS) and (len(answer) == max_tokens or not cut)
+
+
+def rng_state():
+    numpy_state = np.random.get_state()
+    return str((random.getstate(), numpy_state[1].tolist(), numpy_state[2], torch.get_rng_state().tolist()))
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_are_the_trainers(tmp_path, kind, temperature):
+    model = rollout_model(kind)
+    ids, log_probs, _ = torch_engine(model, tmp_path).generate(
+        PROMPTS, n=6, max_tokens=20, temperature=temperature, seeds=SEEDS)
+    assert gap(log_probs, trainer_log_probs(model, PROMPTS, ids, 6, temperature)) < 1e-4
+
+
+def test_answers_depend_on_weights_prompt_and_seed_only(tmp_path):
+    model = rollout_model()
+    before = rng_state()
+    options = dict(max_tokens=20, temperature=1.0)
+    ids, log_probs, truncated = torch_engine(model, tmp_path).generate(PROMPTS, n=6, seeds=SEEDS, **options)
+    small = torch_engine(model, tmp_path, max_rows=12)              # other batches: two prompts at a time
+    assert rng_state() == before
+    again, again_log_probs, _ = small.generate(PROMPTS, n=6, seeds=SEEDS, **options)
+    assert again == ids and gap(again_log_probs, log_probs) < 1e-5
+    for i, prompt in enumerate(PROMPTS):                            # alone, so the order of the results is right too
+        assert small.generate([prompt], n=1, seeds=[SEEDS[i] + 4], **options)[0] == [ids[6 * i + 4]]
+    assert small.generate(PROMPTS, n=6, seeds=[s + 50 for s in SEEDS], **options)[0] != ids
+    check_ends(ids, truncated, 20)
+    k = next(i for i, a in enumerate(ids) if 2 < len(a) < 20)       # EOS as the last allowed token is no truncation
+    for limit, cut in ((len(ids[k]), False), (len(ids[k]) - 1, True)):
+        short = small.generate([PROMPTS[k // 6]], n=1, max_tokens=limit, temperature=1.0, seeds=[SEEDS[k // 6] + k % 6])
+        assert short[0] == [ids[k][:limit]] and short[2] == [cut]
+    assert small.generate([], n=6, seeds=[], **options) == ([], [], [])
+
+
+def test_frequencies_are_the_softmax(tmp_path):
+    model, n = rollout_model(), 4000
+    ids, _, _ = torch_engine(model, tmp_path).generate([PROMPTS[0]], n=n, max_tokens=1, temperature=2.0, seeds=[7])
+    with torch.no_grad():
+        expected = n * torch.softmax(model(torch.tensor([PROMPTS[0]])).logits[0, -1].double() / 2.0, -1).numpy()
+    counts = np.bincount([a[0] for a in ids], minlength=32)
+    keep = expected > 5
+    assert ((counts - expected)[keep] ** 2 / expected[keep]).sum() < 2 * keep.sum() and keep.sum() > 10
+
+
+def test_sample_reaches_rare_tokens_and_never_impossible_ones():
+    logits = torch.zeros(1, 151_936)
+    logits[0, 0] = 18.8                                             # p = 0.999; 7e-9 for each of the others
+    uniform = 0.9999 - 2e-8 * torch.arange(50, dtype=torch.float64)  # a step of 3 tokens, below float32's 6e-8
+    tokens, _ = rollout.sample(logits.expand(50, -1), uniform, 1.0)
+    assert len(tokens.unique()) == 50
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]]).expand(3, -1)
+    tokens, log_probs = rollout.sample(logits, torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64), 1.0)
+    assert tokens.tolist() == [1, 3, 3] and log_probs.isfinite().all()
+    logits = torch.randn(100, 32, generator=torch.Generator().manual_seed(0))  # cdfs that end a little below or above 1
+    assert rollout.sample(logits, torch.full((100,), 1 - 2**-53, dtype=torch.float64), 1.0)[0].max() == 31
+    with pytest.raises(FloatingPointError):
+        rollout.sample(logits * torch.nan, torch.zeros(100, dtype=torch.float64), 1.0)
+
+
+def test_push_weights(tmp_path):
+    engine, other = torch_engine(rollout_model(), tmp_path), rollout_model(seed=1)
+    assert engine.model.lm_head.weight is engine.model.get_input_embeddings().weight  # tied: held once
+    weights = {name: tensor.double() for name, tensor in rollout.full_tensors(other)}
+    engine.push_weights(iter(weights.items()))
+    ids, log_probs, _ = engine.generate(PROMPTS, n=2, max_tokens=9, temperature=1.0, seeds=SEEDS)
+    assert gap(log_probs, trainer_log_probs(other, PROMPTS, ids, 2, 1.0)) < 1e-4
+    name = "model.norm.weight"
+    missing = {k: v for k, v in weights.items() if k != name}
+    for wrong in (missing, {**weights, name: torch.ones(1)}, {**weights, "unknown": torch.ones(1)}):
+        with pytest.raises(ValueError):
+            engine.push_weights(iter(wrong.items()))
+
+
+def test_prompt_once_per_group_and_finished_rows_leave(tmp_path):
+    engine, shapes = torch_engine(rollout_model(), tmp_path), []
+    engine.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    ids, _, _ = engine.generate(PROMPTS, n=6, max_tokens=20, temperature=1.0, seeds=SEEDS)
+    lengths = [len(a) for a in ids]
+    assert shapes[0] == (5, 140)                                    # 5 prompts, not 30 answers
+    assert shapes[1:] == [(sum(k > t for k in lengths), 1) for t in range(1, 20)] and min(lengths) < 20
+    engine.max_rows = 12
+    shapes.clear()
+    engine.generate(PROMPTS, n=6, max_tokens=20, temperature=1.0, seeds=SEEDS)
+    assert shapes[0] == (2, 2) and max(rows for rows, _ in shapes) <= 12  # the two shortest prompts first
+
+
+def test_bad_requests_and_engines(tmp_path, monkeypatch):
+    engine = torch_engine(rollout_model(), tmp_path)
+    good = dict(prompts=[[2]], n=1, max_tokens=4, temperature=1.0, seeds=[0])
+    for bad in (dict(max_tokens=LIMIT), dict(temperature=0.0), dict(seeds=[]), dict(prompts=[[]])):
+        request = {**good, **bad}
+        with pytest.raises(ValueError):
+            engine.generate(request.pop("prompts"), **request)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert rollout.resolve_engine("auto") == "torch"
+    for args, words in ((("vllm",), "not installed"), (("sglang",), "unknown"), (("torch", 2), "rollout_tp")):
+        with pytest.raises(ValueError, match=words):
+            rollout.resolve_engine(*args)
+
+
+def test_vllm_sleeps_and_wakes_in_order():
+    """The order that vLLM documents for a colocated trainer, on a stand-in (vLLM on CPU cannot sleep)."""
+    engine = object.__new__(rollout.VllmEngine)
+    engine.on_gpu, engine.asleep, engine.max_model_len = True, False, LIMIT
+    engine.llm = Mock()
+    for step in (engine.wake, engine.sleep, engine.sleep):          # awake at first; a second sleep is no second call
+        step()
+    with pytest.raises(RuntimeError, match="push_weights"):
+        engine.generate([[2]], n=1, max_tokens=1, temperature=1.0, seeds=[0])
+    engine.wake()
+    engine.push_weights(iter(()))
+    assert [(c[0], c[2].get("tags")) for c in engine.llm.mock_calls] == [
+        ("sleep", None), ("wake_up", ["weights"]), ("collective_rpc", None), ("wake_up", ["kv_cache"]),
+        ("reset_prefix_cache", None)]
+
+
+# One vLLM engine per process: its checks run in processes of their own, this file under torchrun.
+
+def vllm_rank(folder, tp):
+    rollout.prepare_environment()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model, plain = rollout_model(), rollout_model()
+    if rank == 0:
+        model.config.save_pretrained(folder)
+    dist.barrier()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    before = rng_state()
+    engine = rollout.make_engine("vllm", folder, dtype=torch.float32, device="cpu", stop_ids=[EOS], max_model_len=LIMIT,
+                                 tensor_parallel_size=tp)
+    assert rng_state() == before
+    mine = slice(rank * len(PROMPTS) // world, (rank + 1) * len(PROMPTS) // world)
+    everything = []
+    for step in range(3):                                           # weights change between: stale ones would show
+        state = dict(rollout.full_tensors(model))
+        plain.load_state_dict(state)
+        engine.wake()
+        engine.push_weights(rollout.full_tensors(model))
+        for temperature in (1.0, 0.7):
+            before = rng_state()
+            ids, log_probs, truncated = engine.generate(
+                PROMPTS[mine], n=6, max_tokens=20, temperature=temperature, seeds=SEEDS[mine])
+            assert rng_state() == before
+            assert gap(log_probs, trainer_log_probs(plain, PROMPTS[mine], ids, 6, temperature)) < 1e-4
+            gathered = [None] * world
+            dist.all_gather_object(gathered, (ids, truncated))
+            ids, truncated = ([x for part in gathered for x in part[field]] for field in range(2))
+            if step == 0:
+                check_ends(ids, truncated, 20)
+            everything.append(ids)
+        if world == 1:                                              # answer j is drawn with seed + j, alone or not
+            alone = engine.generate(PROMPTS[1:2], n=1, max_tokens=20, temperature=0.7, seeds=[SEEDS[1] + 4])
+            assert alone[0] == [ids[6 + 4]]
+        engine.sleep()
+        batch = torch.tensor([PROMPTS[3]])
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert everything[0] != everything[2] != everything[4]
+    if rank == 0:
+        with open(f"{folder}/answers{world}{tp}.json", "w") as file:
+            json.dump(everything, file)
+    engine.close()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+def test_vllm_under_torchrun(tmp_path):
+    """World 1, two data-parallel FSDP2 ranks, two tensor-parallel ranks: the trainer's log-probs, and equal answers."""
+    answers = []
+    for world, tp in ((1, 1), (2, 1), (2, 2)):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", __file__]
+        run = subprocess.run(command + [str(tmp_path), str(tp)], capture_output=True, text=True, timeout=300,
+                             env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert run.returncode == 0, run.stderr[-4000:]
+        answers.append(json.loads((tmp_path / f"answers{world}{tp}.json").read_text()))
+    assert answers[0] == answers[1] == answers[2]
 
 
 # ---- entropy: exact, chunked, aligned ---------------------------------------------------------------------------------
@@ -382,12 +930,21 @@ def test_token_statistics_equal_the_naive_ones_and_never_hold_all_logits():
         else:
             logp = torch.log_softmax((h @ w.T).float() / T, -1)
             p = logp.exp()
+            logits = (h @ w.T).float()
+            nucleus = []
+            for row in logp:
+                order = row.argsort(descending=True)
+                kept = order[:int((row[order].exp().cumsum(0) < 0.8).sum()) + 1]
+                q = row[kept].softmax(0)
+                nucleus.append(-(q * q.log()).sum())
             found = dict(log_probs=logp[range(37), tokens], token_entropy=-(p * logp).sum(1), sum_p2=(p * p).sum(1),
-                         sum_p2_log_p=(p * p * logp).sum(1))
+                         sum_p2_log_p=(p * p * logp).sum(1), nucleus_entropy=torch.stack(nucleus),
+                         hot_log_probs=torch.log_softmax(logits / (1.2 * T), -1)[range(37), tokens],
+                         cold_log_probs=torch.log_softmax(logits / (0.8 * T), -1)[range(37), tokens])
         sum((i + 1.0) * found[name].sin().sum() for i, name in enumerate(names)).backward()
         results.append([found[name] for name in names] + [h.grad, w.grad])
     for ours, naive in zip(*results):
-        assert torch.allclose(ours, naive, rtol=1e-5, atol=1e-6)
+        assert torch.allclose(ours, naive, rtol=1e-4, atol=1e-5 * naive.abs().max().item())
     assert max(seen) == 10 and len(seen) == 8                          # 4 chunks, computed again in backward
 
 
@@ -406,7 +963,7 @@ def test_policy_scores_as_the_model_does_one_row_at_a_time(kind):
     model = random_model(kind)
     policy = entropy.Policy(model, temperature=0.8).eval()
     rows = [([3, 4, 5], [6, 7, 1]), ([8], [9, 10, 11, 12, 1]), ([5] * 9, [2])]
-    batch = rollout.collate([dict(prompt=p, response=r, log_probs=[0.0] * len(r), truncated=False, reward=0.0) for p, r in rows], "cpu")
+    batch = rollout.collate([dict(prompt=p, response=r, log_probs=[0.0] * len(r), advantage=0.0, reward=0.0, group_accuracy=0.0) for p, r in rows], "cpu")
     found = policy(batch["ids"], batch["prompt_lens"], batch["response_mask"], ["log_probs", "token_entropy"])
     for i, (p, r) in enumerate(rows):
         logp = torch.log_softmax(model(torch.tensor([p + r])).logits[0, len(p) - 1:-1].float() / 0.8, -1)
@@ -444,7 +1001,7 @@ def test_microscope_by_hand():
 
 
 def test_micro_batches_hold_the_budget_and_every_row():
-    torch.distributed.init_process_group("gloo")
+    dist.init_process_group("gloo")
     lengths = [5, 100, 7, 60, 33, 8, 2, 300]
     batches = rollout.micro_batches(lengths, [0, 1, 2, 3, 4, 5, 6, 7], budget=128)
     assert sorted(i for b in batches for i in b) == list(range(8))
@@ -524,8 +1081,8 @@ def free_port():
 @pytest.fixture(autouse=True)
 def no_process_group_left():
     yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def weights(folder):
@@ -541,7 +1098,7 @@ def test_learns_and_spends_entropy(toy, tmp_path):
     assert [row["step"] for row in rows] == list(range(61))
     assert rows[1]["rollout/gap_max"] < 1e-4                           # sampler and trainer agree
     assert (tmp_path / "learns" / "curves.png").stat().st_size > 10_000
-    assert AutoTokenizer.from_pretrained(train.checkpoints(tmp_path / "learns")[-1])("7:")["input_ids"] == [10, 19]
+    assert AutoTokenizer.from_pretrained(train.checkpoints(tmp_path / "learns")[-1])("7*")["input_ids"] == [tiny.VOCAB["7"], tiny.VOCAB["*"]]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -565,7 +1122,7 @@ def test_micro_batches_give_the_same_run(toy, tmp_path):
     one, many = (toy_run(toy, tmp_path, f"m{budget}", "--micro_batch_tokens", budget) for budget in ("10000", "9"))
     for a, b in zip(one[1:], many[1:]):
         assert math.isclose(a["train/grad_norm"], b["train/grad_norm"], rel_tol=1e-5)
-        assert math.isclose(a["train/loss"], b["train/loss"], rel_tol=1e-5, abs_tol=1e-7)
+        assert math.isclose(a["train/loss"], b["train/loss"], rel_tol=1e-5, abs_tol=1e-6)
 
 
 def test_two_ranks_equal_one_and_fsdp_equals_ddp(toy, tmp_path):
@@ -613,7 +1170,7 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_run(toy, tm
         return (loss * math.nan if len(calls) in (1, 2) else loss), metrics
 
     monkeypatch.setitem(METHODS, "grpo", sometimes_nan)
-    monkeypatch.setattr(train, "parse_knobs", lambda *a: ({}, {}))
+    monkeypatch.setattr(train, "parse_knobs", lambda *a: ({}, {}, {}))
     rows = toy_run(toy, tmp_path, "sometimes")
     assert [row["train/skipped"] for row in rows[1:]] == [2, 0] and math.isfinite(rows[2]["train/loss"])
     assert all(x.isfinite().all() for x in weights(tmp_path / "sometimes").values())
@@ -686,3 +1243,7 @@ def test_every_command_of_the_readme_parses(command, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "checkpoints", lambda folder: [folder])
     args = words[words.index("train.py") + 1:]
     train.parse([a for a in args if a != "--resume"])
+
+
+if __name__ == "__main__":
+    vllm_rank(sys.argv[1], int(sys.argv[2]))

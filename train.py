@@ -38,10 +38,10 @@ from transformers.utils import logging as transformers_logging
 import tiny
 import verify
 from entropy import MICROSCOPE, STATISTICS, Policy, measure, plot_curves, read_metrics, score, score_all
-from losses import (CONTROLLERS, IDLE_WITH_ONE_UPDATE, METHODS, Controller, group_advantages, k3, log_ratio, parse_knobs,
-                    scale_gradient, token_mean, wanted_tensors)
-from rollout import (collate, evaluate, full_tensors, make_engine, micro_batches, resolve_engine, rollout_batch,
-                     rollout_metrics, total)
+from losses import (CONTROLLERS, IDLE_WITH_ONE_UPDATE, MASKS, METHODS, REFUSED, Controller, k3, log_ratio, parse_knobs,
+                    scale_gradient, token_mean, wanted_tensors, with_state)
+from rollout import (collate, evaluate, full_tensors, gap_metrics, make_engine, micro_batches, mix_second_sample, resolve_engine,
+                     reward_metrics, rollout_batch, total)
 
 
 # ---- configuration ----------------------------------------------------------------------------------------------------
@@ -150,6 +150,9 @@ def parse(argv):
         cfg.knobs = tiny.KNOBS.get(cfg.method, []) + cfg.knobs
     parse_knobs(cfg.method, cfg.knobs)
     cfg.engine = resolve_engine(cfg.engine, cfg.rollout_tp)
+    for (method, name), why in REFUSED.items():
+        if method == cfg.method and getattr(cfg, name) != parser.get_default(name):
+            raise ValueError(f"--method {method} with --{name}: {why}")
     for name in POSITIVE:
         if getattr(cfg, name) <= 0:
             raise ValueError(f"--{name} {getattr(cfg, name)}: it must be positive")
@@ -204,12 +207,13 @@ def update(trained, optimizer, batch, tensors, rows, knobs, cfg):
     tensors: {name: (B, T)}, all that stays fixed during the updates. The loss is sum / num_tokens with the tokens of all
     micro-batches and ranks, so the gradient does not depend on how they are split. Not taken if loss or norm are not finite.
     """
-    wanted, response_mask = wanted_tensors(cfg.method), batch["response_mask"]
-    num_tokens = total(response_mask[rows].sum()).float()
+    wanted, loss_mask = wanted_tensors(cfg.method), batch["loss_mask"]
+    num_tokens, num_sequences = total(torch.stack([loss_mask[rows].sum(), loss_mask[rows].any(1).sum()])).float()
     micro, sums = micro_batches(batch["lengths"].tolist(), rows, cfg.micro_batch_tokens), {}
     for i, rows in enumerate(micro):
-        mask = response_mask[rows][:, :response_mask[rows].sum(1).max()]
-        fixed = {name: tensor[rows, :mask.shape[1]] for name, tensor in tensors.items()}
+        width = batch["response_mask"][rows].sum(1).max()
+        mask, fixed = loss_mask[rows, :width], {name: tensor[rows, :width] for name, tensor in tensors.items()}
+        fixed["num_sequences"] = num_sequences
         postpone = cfg.parallel == "ddp" and i + 1 < len(micro)  # DDP exchanges gradients in the last backward only
         with trained.no_sync() if postpone else nullcontext():
             now = score(trained, batch, rows, ["log_probs"] + [name for name in wanted if name in STATISTICS])
@@ -301,7 +305,7 @@ def main(argv=None):
     start = checkpoints(folder)[-1] if cfg.resume else None
     policy = build_policy(start or base, cfg, device, dtype)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.95))
-    loss_knobs, rule_knobs = parse_knobs(cfg.method, cfg.knobs)
+    loss_knobs, rule_knobs, mask_knobs = parse_knobs(cfg.method, cfg.knobs)
     controller = Controller(CONTROLLERS.get(cfg.method), rule_knobs)
     state = {"step": 0, "drawn": 0, "updates": 0}
     if start:
@@ -350,7 +354,7 @@ def main(argv=None):
         warn(f"{cfg.method} with --updates_per_rollout 1", IDLE_WITH_ONE_UPDATE[cfg.method])
     if eval_sets and not start:
         log({"step": 0} | evaluate(engine, tokenizer, eval_sets, cfg))
-    failures = 0
+    failures, means = 0, {}
 
     for step in range(state["step"] + 1, cfg.steps + 1):
         torch.manual_seed(hash((cfg.seed, step, rank)) % 2 ** 63)  # what a method draws at random, the same after --resume
@@ -358,28 +362,32 @@ def main(argv=None):
 
         # ---- 1 sample · 2 verify and centre per group
         answers, state["drawn"] = rollout_batch(engine, tokenizer, problems, prompts, state["drawn"], cfg)
+        of_answers = reward_metrics(answers, cfg.group_size)
+        if "second_temperature" in controller.state:
+            mix_second_sample(engine, tokenizer, answers, controller.state, cfg)
         verdicts = total(torch.tensor([verify.outcomes.pop(v, 0) for v in verify.VERDICTS])).tolist()
         batch = collate(answers, device)
-        advantages = group_advantages(batch["rewards"], cfg.group_size, cfg.adv_norm)[:, None] * batch["response_mask"]
         engine.sleep()
         clock.append(time.perf_counter())
 
         # ---- 3 old_log_probs, the gap to the engine's, and what the tokens say about the entropy
         old = score_all(trained, batch, old_names, cfg.micro_batch_tokens)
-        tensors = {"advantages": advantages, "rollout_log_probs": batch["rollout_log_probs"]}
+        tensors = {name: batch[name] for name in ("advantages", "rewards", "group_accuracy", "rollout_log_probs")}
         tensors |= {f"old_{name}": values for name, values in old.items()}
         if reference:
             ref = score_all(reference, batch, ref_names, cfg.micro_batch_tokens)
             tensors |= {f"ref_{name}": values for name, values in ref.items()}
-        entropies = measure(old, advantages, batch["response_mask"], total)
-        controller.update(entropies["entropy/response_mean"], (step - 1) / cfg.steps)
+        metrics = of_answers | gap_metrics(batch, old["log_probs"]) | measure(old, batch["advantages"], batch["response_mask"], total)
+        controller.update(metrics["entropy/response_mean"], (step - 1) / cfg.steps, means | metrics)
+        mask = MASKS.get(cfg.method)
+        batch["loss_mask"] = mask(old, batch["advantages"], batch["response_mask"], total, **mask_knobs) if mask else batch["response_mask"]
         clock.append(time.perf_counter())
 
         # ---- 4 optimizer steps
         updates = []
         for rows in np.array_split(np.arange(len(answers)), cfg.updates_per_rollout):
             optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, (state["updates"] + 1) / max(1, cfg.warmup_updates))
-            updates.append(update(trained, optimizer, batch, tensors, rows.tolist(), loss_knobs | controller.state, cfg))
+            updates.append(update(trained, optimizer, batch, tensors, rows.tolist(), with_state(loss_knobs, controller.state), cfg))
             state["updates"] += 1
             failures = failures + 1 if updates[-1] is None else 0
             if failures == 10:
@@ -394,8 +402,8 @@ def main(argv=None):
         # ---- 6 log, evaluate, checkpoint
         state["step"] = step
         taken = [m for m in updates if m]
-        metrics = {"step": step, **rollout_metrics(batch, old["log_probs"], cfg.group_size), **entropies,
-                   **{name: sum(m[name] for m in taken) / len(taken) for name in (taken[0] if taken else ())},
+        means = {name: sum(m[name] for m in taken) / len(taken) for name in (taken[0] if taken else ())}
+        metrics = {"step": step, **metrics, **means,
                    **{f"controller/{name}": value for name, value in controller.state.items()},
                    **{f"verify/{name}": count for name, count in zip(verify.VERDICTS, verdicts)},
                    "train/skipped": len(updates) - len(taken), "train/lr": optimizer.param_groups[0]["lr"]}

@@ -1,0 +1,35 @@
+"""A small, untrained Qwen2 model with a byte-level BPE tokenizer trained on the prompts of a data file, in Hugging Face
+format: it answers nonsense, and lets real problems go through every part of train.py on a laptop, with nothing downloaded.
+
+    python -m experiments.make_model problems.parquet runs/untrained
+"""
+import sys
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+from verify import load_problems
+
+CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" \
+       "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def make_model(data, folder, vocab_size=4096, hidden_size=64, layers=2, chat=True, **config):
+    """Writes the model to `folder`; head dimension 32, which vLLM on CPU needs."""
+    texts = [p.prompt if isinstance(p.prompt, str) else "\n".join(m["content"] for m in p.prompt) for p in load_problems(data)]
+    special = dict(pad_token="<|endoftext|>", eos_token="<|im_end|>", unk_token="<|endoftext|>", bos_token=None)
+    tokenizer = Qwen2Tokenizer(vocab={"<|endoftext|>": 0, "<|im_end|>": 1}, merges=[], **special)
+    tokenizer = tokenizer.train_new_from_iterator(texts, vocab_size, new_special_tokens=["<|im_start|>"])
+    tokenizer.chat_template = CHAT if chat else None
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=hidden_size, intermediate_size=4 * hidden_size, num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 32, num_key_value_heads=hidden_size // 32, tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None, **config))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    make_model(*sys.argv[1:])
+    print(f"train.py --model {sys.argv[2]} --data {sys.argv[1]}")
