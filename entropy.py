@@ -6,11 +6,16 @@ are 5 GB, several times over in backward), so they exist for `chunk_tokens` toke
 """
 import json
 import math
+import shutil
+import sys
 from pathlib import Path
 
 import torch
 import torch.nn as nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
 
 from losses import token_covariance
 from rollout import micro_batches
@@ -83,6 +88,22 @@ class Policy(nn.Module):
         return {name: values.new_zeros(response_mask.shape).index_put((row, column), values) for name, values in found.items()}
 
 
+def build_policy(path, cfg, device, dtype):
+    """The policy, or a frozen reference, with float32 master weights; --parallel fsdp shards it by decoder layer (FSDP2)."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
+    policy = Policy(model, cfg.temperature, dtype if cfg.parallel == "ddp" else torch.float32)
+    policy.eval()  # no dropout: the ratio would start away from 1
+    layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    if cfg.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in layers:
+            layer.training = True  # layers are checkpointed in training mode only; their dropouts stay in eval mode
+    if cfg.parallel == "fsdp":
+        for module in layers + [policy]:
+            fully_shard(module, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+    return policy
+
+
 def score(policy, batch, rows, wanted):
     """The wanted STATISTICS of some rows of a batch (rollout.collate): {name: (b, t)}, t the longest response of the rows."""
     mask = batch["response_mask"][rows]
@@ -153,12 +174,70 @@ def measure(old, advantages, response_mask, total):
     return metrics
 
 
-# ---- figures ----------------------------------------------------------------------------------------------------------
+# ---- the record of a run -----------------------------------------------------------------------------------------------
 
 def read_metrics(run):
     """The rows of runs/NAME/metrics.jsonl (or of such a file), a dict per line."""
     path = Path(run) / "metrics.jsonl" if Path(run).is_dir() else Path(run)
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+SUSPICIOUS = (  # metric, limit, what it means, what to change: silence would be an error
+    ("response/truncated_frac", 0.9, "over 90 % of the answers are truncated", "raise --max_response_len"),
+    ("reward/zero_std_frac", 0.9, "over 90 % of the groups have equal rewards", "other --data, or --dynamic_sampling"),
+    ("rollout/gap_mean", 0.05, "engine and trainer differ by 0.05 nats per token", "--tis_cap 2, or --dtype float32"),
+    ("verify/timeout", 0, "answers that ran out of the verifier's time count as wrong", "raise verify.TIME_LIMIT"))
+
+
+class RunLog:
+    """A run's folder (config.json, metrics.jsonl, curves.png), its progress bar, table and warnings. Rank 0 writes."""
+
+    def __init__(self, folder, cfg, step, rank):
+        """step: of the checkpoint that is resumed; what an interrupted run wrote after it is computed again."""
+        self.folder, self.writes, self.warned = folder, rank == 0, set()
+        if self.writes:
+            rows = [row for row in read_metrics(folder) if row["step"] <= step] if cfg.resume else []
+            if cfg.overwrite and not cfg.resume:
+                shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (folder / "config.json").write_text(json.dumps(vars(cfg), indent=1))
+            tqdm.write(table_line())
+        self.bar = tqdm(total=cfg.steps, initial=step, desc=cfg.name, disable=not self.writes)
+
+    def warn(self, cause, advice):
+        """Once per cause."""
+        if self.writes and cause not in self.warned:
+            tqdm.write(f"warning: {cause}: {advice}", file=sys.stderr)
+        self.warned.add(cause)
+
+    def write(self, row):
+        """One line of metrics.jsonl; a line of the table too if it holds an evaluation."""
+        for name, limit, cause, advice in SUSPICIOUS:
+            if row.get(name, 0) > limit:
+                self.warn(cause, advice)
+        if self.writes:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+            if any(key.startswith("eval/") for key in row):
+                tqdm.write(table_line(row))
+        if row["step"]:
+            self.bar.set_postfix(reward=f"{row['reward/mean']:.3f}", entropy=f"{row['entropy/response_mean']:.3f}")
+            self.bar.update()
+
+    def close(self):
+        self.bar.close()
+        if self.writes:
+            plot_curves({self.folder.name: self.folder}, self.folder / "curves.png")
+            print(f"{self.folder}: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")
+
+
+def table_line(row=None):
+    """One line of the table that a run prints: its head, or a row of metrics; a dash for what the row lacks."""
+    shown = {"step": "step", "reward": "reward/mean", "pass@1": "eval/pass@1", "pass@8": "eval/pass@8",
+             "entropy": "entropy/response_mean", "s/step": "time/step_s"}
+    cells = shown if row is None else [row.get(key, "-") for key in shown.values()]
+    return " ".join(f"{cell:>8.3f}" if isinstance(cell, float) else f"{cell:>8}" for cell in cells)
 
 
 def plot_curves(runs, png):

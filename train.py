@@ -1,12 +1,9 @@
 """Train a language model with verifiable rewards and any of the METHODS of losses.py, and watch its entropy.
 
-    torchrun train.py --method clip_cov                                     a laptop, nothing downloaded
-    torchrun --nproc-per-node 8 train.py --method clip_cov --model Qwen/Qwen2.5-7B --data BytedTsinghua-SIA/DAPO-Math-17k
-
-A step: 1 sample answers from the current policy · 2 verify them, centre the rewards within each group · 3 old_log_probs,
-and the gap to what the engine said · 4 updates_per_rollout optimizer steps · 5 push the weights to the engine · 6 log,
-evaluate, checkpoint. Left out of GRPO as first published: the KL to a reference (--method kl_loss has it), the mean over
-each answer before the mean over answers (a token mean instead).
+A step: 1 sample answers from the current policy - 2 verify them, centre the rewards within each group - 3 old_log_probs,
+and the gap to what the engine said - 4 updates_per_rollout optimizer steps - 5 push the weights to the engine - 6 log,
+evaluate, checkpoint. Left out of GRPO as first published: the KL to a reference (--method kl_loss has it) and the mean
+over each answer before the mean over answers (a token mean instead).
 
 Shapes: P prompts a step over all ranks, G answers each, B answers on this rank, T response tokens of the longest.
 """
@@ -28,20 +25,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
 import tiny
 import verify
-from entropy import MICROSCOPE, STATISTICS, Policy, measure, plot_curves, read_metrics, score, score_all
+from entropy import MICROSCOPE, STATISTICS, RunLog, build_policy, measure, score, score_all
 from losses import (CONTROLLERS, IDLE_WITH_ONE_UPDATE, MASKS, METHODS, REFUSED, Controller, k3, log_ratio, parse_knobs,
                     scale_gradient, token_mean, wanted_tensors, with_state)
-from rollout import (collate, evaluate, full_tensors, gap_metrics, make_engine, micro_batches, mix_second_sample, resolve_engine,
-                     reward_metrics, rollout_batch, total)
+from rollout import (collate, evaluate, full_tensors, gap_metrics, make_engine, micro_batches, mix_second_sample,
+                     resolve_engine, reward_metrics, rollout_batch, total)
 
 
 # ---- configuration ----------------------------------------------------------------------------------------------------
@@ -78,18 +73,13 @@ class Method:
 
 
 @dataclass
-class Optimization:
-    _argument_group_name = "optimization"
+class Training:
+    _argument_group_name = "training and hardware"
     steps: int = flag(300, "rollout batches")
     lr: float = flag(1e-6, "AdamW's learning rate, constant after the warm-up")
     warmup_updates: int = flag(10, "optimizer steps of linear warm-up")
     weight_decay: float = flag(0.0, "AdamW's weight decay")
     grad_clip: float = flag(1.0, "largest gradient norm")
-
-
-@dataclass
-class Hardware:
-    _argument_group_name = "hardware"
     parallel: str = flag("ddp", "ddp, or fsdp: weights, gradients and optimizer sharded (FSDP2)")
     dtype: str = flag("auto", "compute in bfloat16 or float32; auto: bfloat16 on GPUs. Master weights are float32")
     micro_batch_tokens: int = flag(16384, "padded tokens per forward: memory and speed, same gradient")
@@ -100,18 +90,13 @@ class Hardware:
 
 
 @dataclass
-class Evaluation:
-    _argument_group_name = "evaluation"
+class Run:
+    _argument_group_name = "evaluation and run"
     eval_data: list[str] = flag(["countdown"], "test problems, as --data; none: no evaluation")
     eval_every: int = flag(20, "steps between evaluations; also before the first step and after the last")
     eval_prompts: int = flag(0, "the first so many problems of each set (0: all)")
     eval_samples: int = flag(8, "answers per problem, for pass@1, 2, 4 ...")
     eval_temperature: float = flag(1.0, "their temperature")
-
-
-@dataclass
-class Run:
-    _argument_group_name = "run"
     name: str = flag("", "folder of the run (default: METHOD-MODEL-seedSEED)")
     out: str = flag("runs", "folder of all runs")
     seed: int = flag(0, "of data order, sampling, random selections")
@@ -121,16 +106,14 @@ class Run:
     overwrite: bool = flag(False, "delete an earlier run of that name")
 
 
-MAY_CHANGE_ON_RESUME = {"steps", "out", "save_every", "keep_checkpoints", "resume", "overwrite", "engine", "rollout_gpu_memory"}
-POSITIVE = ("max_prompt_len", "max_response_len", "prompts_per_step", "group_size", "updates_per_rollout", "temperature", "lr",
-            "grad_clip", "micro_batch_tokens", "rollout_tp", "eval_every", "eval_samples", "eval_temperature", "save_every",
-            "keep_checkpoints")
+MAY_CHANGE_ON_RESUME = {"steps", "out", "save_every", "keep_checkpoints", "resume", "overwrite", "engine"}
+MAY_BE_ZERO = {"num_prompts", "max_resample", "tis_cap", "steps", "warmup_updates", "weight_decay", "eval_prompts", "seed"}
 CHOICES = {"parallel": ("ddp", "fsdp"), "dtype": ("auto", "float32", "bfloat16"), "adv_norm": ("std", "none")}
 
 
 @contextmanager
 def clear_errors():
-    """Bad input ends the program with one line (from rank 0) and exit code 2 (on every rank), before anything slow."""
+    """Bad input: one line from rank 0, exit code 2 on every rank, before anything slow."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -141,7 +124,7 @@ def clear_errors():
 
 def parse(argv):
     """The command line as one checked namespace; ValueError with one clear line on bad input."""
-    parser = HfArgumentParser([Data, Method, Optimization, Hardware, Evaluation, Run], prog="train.py", allow_abbrev=False,
+    parser = HfArgumentParser([Data, Method, Training, Run], prog="train.py", allow_abbrev=False,
                               description=__doc__.splitlines()[0])
     if parser.parse_known_args(argv)[0].model == "tiny":
         parser.set_defaults(**tiny.DEFAULTS)
@@ -153,9 +136,9 @@ def parse(argv):
     for (method, name), why in REFUSED.items():
         if method == cfg.method and getattr(cfg, name) != parser.get_default(name):
             raise ValueError(f"--method {method} with --{name}: {why}")
-    for name in POSITIVE:
-        if getattr(cfg, name) <= 0:
-            raise ValueError(f"--{name} {getattr(cfg, name)}: it must be positive")
+    for name, value in vars(cfg).items():
+        if type(value) in (int, float) and not (value > 0 or value == 0 and name in MAY_BE_ZERO):
+            raise ValueError(f"--{name} {value}: it must be positive")
     for name, choices in CHOICES.items():
         if getattr(cfg, name) not in choices:
             raise ValueError(f"--{name} {getattr(cfg, name)}: choose from {', '.join(choices)}")
@@ -170,7 +153,8 @@ def parse(argv):
         raise ValueError(f"--resume: {folder} has no complete checkpoint; start it without --resume")
     if cfg.resume:
         before = json.loads((folder / "config.json").read_text())
-        changed = [f"--{k} {before.get(k)}, not {v}" for k, v in vars(cfg).items() if before.get(k) != v and k not in MAY_CHANGE_ON_RESUME]
+        changed = [f"--{name} {before.get(name)}, not {value}" for name, value in vars(cfg).items()
+                   if before.get(name) != value and name not in MAY_CHANGE_ON_RESUME]
         if changed:
             raise ValueError(f"--resume: {folder} was trained with {'; '.join(changed)}. Give the same, or another --name")
     elif (folder / "metrics.jsonl").exists() and not cfg.overwrite:
@@ -178,35 +162,14 @@ def parse(argv):
     return cfg
 
 
-def load(names, split):
-    """{name of the set: its problems}; the word countdown stands for the problems of tiny.py."""
-    return {Path(n).stem: tiny.problems(split, tiny.PROBLEMS[split]) if n == "countdown" else verify.load_problems(n)
-            for n in names if n != "none"}
-
-
-# ---- policy, update, checkpoint ---------------------------------------------------------------------------------------
-
-def build_policy(path, cfg, device, dtype):
-    """The policy, or a frozen reference: float32 master weights, sharded by FSDP2 in units of a decoder layer."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
-    policy = Policy(model, cfg.temperature, dtype if cfg.parallel == "ddp" else torch.float32).eval()  # no dropout: r would not be 1
-    layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
-    if cfg.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        for layer in layers:
-            layer.training = True  # layers are checkpointed in training mode only; their dropouts stay in eval mode
-    if cfg.parallel == "fsdp":
-        for module in layers + [policy]:
-            fully_shard(module, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
-    return policy
-
+# ---- update, checkpoint ------------------------------------------------------------------------------------------------
 
 def update(trained, optimizer, batch, tensors, rows, knobs, cfg):
-    """Stage 4: one optimizer step on some rows of the batch; {metric: float} over all ranks.
+    """Stage 4: one optimizer step on some rows of the batch; {metric: float} over all ranks, None if loss or gradient
+    were not finite and the step was not taken.
 
-    tensors: {name: (B, T)}, all that stays fixed during the updates. The loss is sum / num_tokens with the tokens of all
-    micro-batches and ranks, so the gradient does not depend on how they are split. Not taken if loss or norm are not finite.
-    """
+    tensors: {name: (B, T)}, all that stays fixed during the updates. The loss is a sum / num_tokens with the tokens of
+    all micro-batches and ranks, so the gradient does not depend on how they are split."""
     wanted, loss_mask = wanted_tensors(cfg.method), batch["loss_mask"]
     num_tokens, num_sequences = total(torch.stack([loss_mask[rows].sum(), loss_mask[rows].any(1).sum()])).float()
     micro, sums = micro_batches(batch["lengths"].tolist(), rows, cfg.micro_batch_tokens), {}
@@ -262,23 +225,16 @@ def save_checkpoint(folder, policy, optimizer, tokenizer, state, keep):
     dist.barrier()
 
 
-def table_line(row=None):
-    """One line of the table that a run prints: its head, or a row of metrics; a dash for what the row lacks."""
-    shown = {"step": "step", "reward": "reward/mean", "pass@1": "eval/pass@1", "pass@8": "eval/pass@8",
-             "entropy": "entropy/response_mean", "s/step": "time/step_s"}
-    cells = shown if row is None else [row.get(key, "-") for key in shown.values()]
-    return " ".join(f"{cell:>8.3f}" if isinstance(cell, float) else f"{cell:>8}" for cell in cells)
-
-
 # ---- the program ------------------------------------------------------------------------------------------------------
 
 def main(argv=None):
     with clear_errors():
         cfg = parse(sys.argv[1:] if argv is None else argv)
-        train_sets, eval_sets = load(cfg.data, "train"), load(cfg.eval_data, "test")
+        train_sets = verify.load_sets(cfg.data, "train")
+        eval_sets = verify.load_sets([name for name in cfg.eval_data if name != "none"], "test")
         if cfg.model != "tiny":
             AutoConfig.from_pretrained(cfg.model)  # a wrong name is found here
-    cuda, local_rank, world = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+    cuda, local_rank = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     dtype = torch.bfloat16 if cfg.dtype == "bfloat16" or cfg.dtype == "auto" and cuda else torch.float32
     if cuda:
@@ -294,12 +250,9 @@ def main(argv=None):
     base = tiny.base_model() if cfg.model == "tiny" else cfg.model
     tokenizer = AutoTokenizer.from_pretrained(base)
     with clear_errors():
-        problems = [problem for one_set in train_sets.values() for problem in one_set]
-        if cfg.num_prompts:
-            problems = [problems[i] for i in np.random.default_rng(cfg.seed).permutation(len(problems))[:cfg.num_prompts]]
-        prompts = verify.render_all(problems, tokenizer, cfg.max_prompt_len)
-        eval_sets = {name: one_set[:cfg.eval_prompts or None] for name, one_set in eval_sets.items()}
-        eval_sets = {name: (one_set, verify.render_all(one_set, tokenizer, cfg.max_prompt_len)) for name, one_set in eval_sets.items()}
+        problems, prompts = verify.render_all(train_sets, tokenizer, cfg.max_prompt_len, cfg.num_prompts, cfg.seed)
+        eval_sets = {name: verify.render_all({name: one_set[:cfg.eval_prompts or None]}, tokenizer, cfg.max_prompt_len)
+                     for name, one_set in eval_sets.items()}
 
     # Weights, optimizer, controller, counters: everything that --resume needs. Random draws depend on seed and step only.
     start = checkpoints(folder)[-1] if cfg.resume else None
@@ -307,53 +260,32 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.95))
     loss_knobs, rule_knobs, mask_knobs = parse_knobs(cfg.method, cfg.knobs)
     controller = Controller(CONTROLLERS.get(cfg.method), rule_knobs)
-    state = {"step": 0, "drawn": 0, "updates": 0}
+    state = {"step": 0, "drawn": 0, "updates": 0, "controller": {}}
     if start:
-        saved = torch.load(start / "trainer_state.pt", weights_only=True)
-        set_optimizer_state_dict(policy, optimizer, saved.pop("optimizer"), options=StateDictOptions(full_state_dict=True))
-        controller.load_state_dict(saved.pop("controller"))
-        state = saved
+        state = torch.load(start / "trainer_state.pt", weights_only=True)
+        whole = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(policy, optimizer, state.pop("optimizer"), options=whole)
+    controller.load_state_dict(state["controller"])
     trained = policy
     if cfg.parallel == "ddp":
-        trained = DistributedDataParallel(policy, device_ids=[local_rank] if cuda else None, forward_sync_buffers=False)
+        devices = [local_rank] if cuda else None
+        trained = DistributedDataParallel(policy, device_ids=devices, forward_sync_buffers=False)
     wanted = wanted_tensors(cfg.method)
     old_names = sorted({*MICROSCOPE, *(name[4:] for name in wanted if name.startswith("old_"))})
     ref_names = [name[4:] for name in wanted if name.startswith("ref_")]
     reference = build_policy(base, cfg, device, dtype) if ref_names else None
-    stop_ids = {tokenizer.eos_token_id, *np.atleast_1d(policy.model.generation_config.eos_token_id or tokenizer.eos_token_id).tolist()}
+    ends = policy.model.generation_config.eos_token_id or []  # one id, or several for chat models
+    stop_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     engine = make_engine(cfg.engine, base, dtype=dtype, device=device, stop_ids=stop_ids,
                          max_model_len=cfg.max_prompt_len + cfg.max_response_len,
                          tensor_parallel_size=cfg.rollout_tp, gpu_memory_utilization=cfg.rollout_gpu_memory)
     engine.push_weights(full_tensors(policy.model))
 
-    # The run's folder. Rows that an interrupted run wrote after its last checkpoint are computed again.
-    if rank == 0:
-        if cfg.overwrite and not cfg.resume:
-            shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = [row for row in read_metrics(folder) if row["step"] <= state["step"]] if cfg.resume else []
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (folder / "config.json").write_text(json.dumps(vars(cfg), indent=1))
-        tqdm.write(table_line())
-    bar = tqdm(total=cfg.steps, initial=state["step"], desc=cfg.name, disable=rank != 0)
-    warned = set()
-
-    def warn(cause, advice):
-        if rank == 0 and cause not in warned:
-            warned.add(cause)
-            tqdm.write(f"warning: {cause}: {advice}", file=sys.stderr)
-
-    def log(row):
-        if rank == 0:
-            with open(folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(row) + "\n")
-            if any(key.startswith("eval/") for key in row):
-                tqdm.write(table_line(row))
-
+    run_log = RunLog(folder, cfg, state["step"], rank)
     if cfg.method in IDLE_WITH_ONE_UPDATE and cfg.updates_per_rollout == 1:
-        warn(f"{cfg.method} with --updates_per_rollout 1", IDLE_WITH_ONE_UPDATE[cfg.method])
+        run_log.warn(f"{cfg.method} with --updates_per_rollout 1", IDLE_WITH_ONE_UPDATE[cfg.method])
     if eval_sets and not start:
-        log({"step": 0} | evaluate(engine, tokenizer, eval_sets, cfg))
+        run_log.write({"step": 0} | evaluate(engine, tokenizer, eval_sets, cfg))
     failures, means = 0, {}
 
     for step in range(state["step"] + 1, cfg.steps + 1):
@@ -377,21 +309,23 @@ def main(argv=None):
         if reference:
             ref = score_all(reference, batch, ref_names, cfg.micro_batch_tokens)
             tensors |= {f"ref_{name}": values for name, values in ref.items()}
-        metrics = of_answers | gap_metrics(batch, old["log_probs"]) | measure(old, batch["advantages"], batch["response_mask"], total)
+        batch_of = (old, batch["advantages"], batch["response_mask"], total)
+        metrics = of_answers | gap_metrics(batch, old["log_probs"]) | measure(*batch_of)
         controller.update(metrics["entropy/response_mean"], (step - 1) / cfg.steps, means | metrics)
-        mask = MASKS.get(cfg.method)
-        batch["loss_mask"] = mask(old, batch["advantages"], batch["response_mask"], total, **mask_knobs) if mask else batch["response_mask"]
+        batch["loss_mask"] = MASKS[cfg.method](*batch_of, **mask_knobs) if cfg.method in MASKS else batch["response_mask"]
         clock.append(time.perf_counter())
 
         # ---- 4 optimizer steps
         updates = []
         for rows in np.array_split(np.arange(len(answers)), cfg.updates_per_rollout):
             optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, (state["updates"] + 1) / max(1, cfg.warmup_updates))
-            updates.append(update(trained, optimizer, batch, tensors, rows.tolist(), with_state(loss_knobs, controller.state), cfg))
+            knobs = with_state(loss_knobs, controller.state)
+            updates.append(update(trained, optimizer, batch, tensors, rows.tolist(), knobs, cfg))
             state["updates"] += 1
             failures = failures + 1 if updates[-1] is None else 0
             if failures == 10:
-                raise SystemExit(f"ten updates in a row had a loss or gradient that is not finite; last good: {checkpoints(folder)[-1:]}")
+                raise SystemExit("ten updates in a row had a loss or gradient that is not finite; the checkpoints in "
+                                 f"{folder} are from before")
         clock.append(time.perf_counter())
 
         # ---- 5 push the weights
@@ -407,26 +341,16 @@ def main(argv=None):
                    **{f"controller/{name}": value for name, value in controller.state.items()},
                    **{f"verify/{name}": count for name, count in zip(verify.VERDICTS, verdicts)},
                    "train/skipped": len(updates) - len(taken), "train/lr": optimizer.param_groups[0]["lr"]}
-        names = ("rollout", "score", "update", "push")
-        metrics |= {f"time/{name}_s": b - a for name, a, b in zip(names, clock, clock[1:])} | {"time/step_s": clock[-1] - clock[0]}
-        if metrics["response/truncated_frac"] > 0.9:
-            warn("over 90 % of the answers are truncated", "raise --max_response_len")
-        if metrics["reward/zero_std_frac"] > 0.9:
-            warn("over 90 % of the groups have equal rewards", "other --data, a larger --group_size, --dynamic_sampling")
-        if metrics["rollout/gap_mean"] > 0.05:
-            warn(f"engine and trainer differ by {metrics['rollout/gap_mean']:.2f} nats per token", "--tis_cap 2, --dtype float32")
+        for name, i, j in (("rollout", 0, 1), ("score", 1, 2), ("update", 2, 3), ("push", 3, 4), ("step", 0, 4)):
+            metrics[f"time/{name}_s"] = clock[j] - clock[i]
         if eval_sets and (step % cfg.eval_every == 0 or step == cfg.steps):
             metrics |= evaluate(engine, tokenizer, eval_sets, cfg)
-        log(metrics)
-        bar.set_postfix(reward=f"{metrics['reward/mean']:.3f}", entropy=f"{metrics['entropy/response_mean']:.3f}")
-        bar.update()
+        run_log.write(metrics)
         if step % cfg.save_every == 0 or step == cfg.steps:
-            save_checkpoint(folder, policy, optimizer, tokenizer, state | {"controller": controller.state_dict()}, cfg.keep_checkpoints)
+            state["controller"] = controller.state_dict()
+            save_checkpoint(folder, policy, optimizer, tokenizer, state, cfg.keep_checkpoints)
 
-    bar.close()
-    if rank == 0:
-        plot_curves({cfg.name: folder}, folder / "curves.png")
-        print(f"{folder}: metrics.jsonl, config.json, curves.png, {checkpoints(folder)[-1].name}")
+    run_log.close()
     engine.close()
     if dist.is_initialized():  # vLLM's shutdown takes the process group with it
         dist.destroy_process_group()

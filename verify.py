@@ -8,7 +8,7 @@ The rule is the reward, so it is what the policy will attack. Three decisions fo
   - A verdict is one of "right", "wrong", "no_answer" (nothing there, or unreadable) and "timeout" (the worker ran out
     of time or memory). Each is counted in `outcomes`, so that a broken verifier does not look like a poor policy.
 """
-import ast, json, os, queue, re, select, signal, subprocess, sys, threading
+import ast, json, os, queue, random, re, select, signal, subprocess, sys, threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -127,6 +127,13 @@ def _problem(row, rule):
     return Problem(prompt, answer, rule)
 
 
+def load_sets(names, split):
+    """{name: problems} of several sets, by load_problems; the word countdown stands for tiny.py's problems of that split."""
+    import tiny                          # here, as it imports this file
+    return {Path(name).stem: tiny.problems(split, tiny.PROBLEMS[split]) if name == "countdown" else load_problems(name)
+            for name in names}
+
+
 def render(problem, tokenizer):
     """Token ids of the prompt: by the chat template when the tokenizer has one, else of the plain text."""
     messages = problem.prompt if isinstance(problem.prompt, list) else [{"role": "user", "content": problem.prompt}]
@@ -138,14 +145,21 @@ def render(problem, tokenizer):
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids     # some add EOS: the answer would be over
 
 
-def render_all(problems, tokenizer, limit):
-    """render() of each problem; ValueError if a prompt has more than `limit` tokens."""
+def render_all(sets, tokenizer, max_prompt_len, count=0, seed=0):
+    """The problems of several sets {name: problems}, and their prompts' token ids: two lists.
+
+    count: that many of them only, the first of one list shuffled by the seed, so that smaller subsets lie in larger ones;
+    0: all, in order. ValueError if a prompt is longer than max_prompt_len tokens."""
+    problems = [problem for one_set in sets.values() for problem in one_set]
+    if count:
+        random.Random(seed).shuffle(problems)
+    problems = problems[:count or None]
     prompts = [render(problem, tokenizer) for problem in problems]
-    longest, long = max(map(len, prompts)), sum(len(prompt) > limit for prompt in prompts)
+    longest, long = max(map(len, prompts)), sum(len(prompt) > max_prompt_len for prompt in prompts)
     if long:
-        raise ValueError(f"{long} of {len(prompts)} prompts are longer than --max_prompt_len {limit}: raise it to "
+        raise ValueError(f"{long} of {len(prompts)} prompts are longer than --max_prompt_len {max_prompt_len}: raise it to "
                          f"{longest}, or take these problems out")
-    return prompts
+    return problems, prompts
 
 
 def pass_at_k(n, c, k):
