@@ -16,6 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from losses import token_covariance
 from rollout import micro_batches
@@ -90,6 +91,7 @@ class Policy(nn.Module):
 
 def build_policy(path, cfg, device, dtype):
     """The policy, or a frozen reference, with float32 master weights; --parallel fsdp shards it by decoder layer (FSDP2)."""
+    transformers_logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
     policy = Policy(model, cfg.temperature, dtype if cfg.parallel == "ddp" else torch.float32)
     policy.eval()  # no dropout: the ratio would start away from 1
@@ -187,6 +189,29 @@ SUSPICIOUS = (  # metric, limit, what it means, what to change: silence would be
     ("reward/zero_std_frac", 0.9, "over 90 % of the groups have equal rewards", "other --data, or --dynamic_sampling"),
     ("rollout/gap_mean", 0.05, "engine and trainer differ by 0.05 nats per token", "--tis_cap 2, or --dtype float32"),
     ("verify/timeout", 0, "answers that ran out of the verifier's time count as wrong", "raise verify.TIME_LIMIT"))
+
+
+MAY_CHANGE_ON_RESUME = {"steps", "out", "save_every", "keep_checkpoints", "resume", "overwrite", "engine"}
+
+
+def checkpoints(folder):
+    """The complete checkpoints of a run, oldest first."""
+    return sorted((p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()), key=lambda p: int(p.name[11:]))
+
+
+def check_folder(cfg):
+    """ValueError if the run's folder is taken, or holds nothing to resume, or a run of other settings."""
+    folder = Path(cfg.out, cfg.name)
+    if cfg.resume and not checkpoints(folder):
+        raise ValueError(f"--resume: {folder} has no complete checkpoint; start it without --resume")
+    if cfg.resume:
+        before = json.loads((folder / "config.json").read_text())
+        changed = [f"--{name} {before.get(name)}, not {value}" for name, value in vars(cfg).items()
+                   if before.get(name) != value and name not in MAY_CHANGE_ON_RESUME]
+        if changed:
+            raise ValueError(f"--resume: {folder} was trained with {'; '.join(changed)}. Give the same, or another --name")
+    elif (folder / "metrics.jsonl").exists() and not cfg.overwrite:
+        raise ValueError(f"{folder} holds an earlier run: --resume goes on, --overwrite deletes it, --name keeps both")
 
 
 class RunLog:

@@ -37,7 +37,7 @@ TRAINING = dict(steps=2400, batch=16, lr=1e-3, warmup=100, weight_decay=0.01, se
 PROBLEMS = dict(train=4000, test=128)         # what --data countdown and --eval_data countdown stand for
 DEFAULTS = dict(  # train.py's settings with --model tiny; its own are for a language model on GPUs
     prompts_per_step=64, updates_per_rollout=4, steps=100, lr=1e-4, max_prompt_len=24, max_response_len=24,
-    eval_samples=16, eval_every=20, save_every=20)
+    eval_data=["countdown"], eval_samples=16, eval_every=20, save_every=20)
 KNOBS = {  # shares of tokens: the papers' are meant for 10^6 tokens a step, and would choose one of 5,000
     "clip_cov": ["cov_frac=2e-2"], "kl_cov": ["cov_frac=2e-2"], "clip_v": ["most_frac=2e-2"]}
 

@@ -11,7 +11,7 @@ from rollout import prepare_environment
 
 prepare_environment()  # before torch starts its threads
 
-import json
+import argparse
 import math
 import os
 import shutil
@@ -28,11 +28,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
-from transformers.utils import logging as transformers_logging
 
 import tiny
 import verify
-from entropy import MICROSCOPE, STATISTICS, RunLog, build_policy, measure, score, score_all
+from entropy import (MICROSCOPE, STATISTICS, RunLog, build_policy, check_folder, checkpoints, measure, score,
+                     score_all)
 from losses import (CONTROLLERS, IDLE_WITH_ONE_UPDATE, MASKS, METHODS, REFUSED, Controller, k3, log_ratio, parse_knobs,
                     scale_gradient, token_mean, wanted_tensors, with_state)
 from rollout import (collate, evaluate, full_tensors, gap_metrics, make_engine, micro_batches, mix_second_sample,
@@ -92,12 +92,12 @@ class Training:
 @dataclass
 class Run:
     _argument_group_name = "evaluation and run"
-    eval_data: list[str] = flag(["countdown"], "test problems, as --data; none: no evaluation")
+    eval_data: list[str] = flag([], "test problems, as --data; none: no evaluation")
     eval_every: int = flag(20, "steps between evaluations; also before the first step and after the last")
     eval_prompts: int = flag(0, "the first so many problems of each set (0: all)")
     eval_samples: int = flag(8, "answers per problem, for pass@1, 2, 4 ...")
     eval_temperature: float = flag(1.0, "their temperature")
-    name: str = flag("", "folder of the run (default: METHOD-MODEL-seedSEED)")
+    name: str = flag("", "folder of the run; if empty: METHOD-MODEL-seedSEED")
     out: str = flag("runs", "folder of all runs")
     seed: int = flag(0, "of data order, sampling, random selections")
     save_every: int = flag(50, "steps between checkpoints; the last step always")
@@ -106,9 +106,16 @@ class Run:
     overwrite: bool = flag(False, "delete an earlier run of that name")
 
 
-MAY_CHANGE_ON_RESUME = {"steps", "out", "save_every", "keep_checkpoints", "resume", "overwrite", "engine"}
 MAY_BE_ZERO = {"num_prompts", "max_resample", "tis_cap", "steps", "warmup_updates", "weight_decay", "eval_prompts", "seed"}
 CHOICES = {"parallel": ("ddp", "fsdp"), "dtype": ("auto", "float32", "bfloat16"), "adv_norm": ("std", "none")}
+
+
+class OneLine(argparse.ArgumentDefaultsHelpFormatter):  # --help, a line for each flag
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=28, width=150)
+
+    def _format_action_invocation(self, action):
+        return action.option_strings[0]
 
 
 @contextmanager
@@ -124,9 +131,9 @@ def clear_errors():
 
 def parse(argv):
     """The command line as one checked namespace; ValueError with one clear line on bad input."""
-    parser = HfArgumentParser([Data, Method, Training, Run], prog="train.py", allow_abbrev=False,
-                              description=__doc__.splitlines()[0])
-    if parser.parse_known_args(argv)[0].model == "tiny":
+    parser = HfArgumentParser([Data, Method, Training, Run], prog="train.py", usage="train.py --method METHOD [options]",
+                              description=__doc__.splitlines()[0], formatter_class=OneLine, allow_abbrev=False)
+    if parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].model == "tiny":
         parser.set_defaults(**tiny.DEFAULTS)
     cfg, world = parser.parse_args(argv), int(os.environ["WORLD_SIZE"])
     if cfg.model == "tiny":
@@ -144,21 +151,11 @@ def parse(argv):
             raise ValueError(f"--{name} {getattr(cfg, name)}: choose from {', '.join(choices)}")
     if cfg.prompts_per_step % (world * cfg.updates_per_rollout):
         raise ValueError(f"--prompts_per_step {cfg.prompts_per_step} must be a multiple of {world} (ranks) x "
-                         f"{cfg.updates_per_rollout} (--updates_per_rollout), for equal shares in every update")
+                         f"{cfg.updates_per_rollout} (--updates_per_rollout)")
     cfg.name = cfg.name or f"{cfg.method}-{Path(cfg.model).name}-seed{cfg.seed}"
     if Path(cfg.name).name != cfg.name or cfg.name.startswith("."):
         raise ValueError(f"--name {cfg.name}: one folder's name is expected; --out says where it goes")
-    folder = Path(cfg.out, cfg.name)
-    if cfg.resume and not checkpoints(folder):
-        raise ValueError(f"--resume: {folder} has no complete checkpoint; start it without --resume")
-    if cfg.resume:
-        before = json.loads((folder / "config.json").read_text())
-        changed = [f"--{name} {before.get(name)}, not {value}" for name, value in vars(cfg).items()
-                   if before.get(name) != value and name not in MAY_CHANGE_ON_RESUME]
-        if changed:
-            raise ValueError(f"--resume: {folder} was trained with {'; '.join(changed)}. Give the same, or another --name")
-    elif (folder / "metrics.jsonl").exists() and not cfg.overwrite:
-        raise ValueError(f"{folder} holds an earlier run: --resume goes on, --overwrite deletes it, --name keeps both")
+    check_folder(cfg)
     return cfg
 
 
@@ -201,11 +198,6 @@ def update(trained, optimizer, batch, tensors, rows, knobs, cfg):
     return means | {"train/grad_norm": norm} if finite else None
 
 
-def checkpoints(folder):
-    """The complete checkpoints of a run, oldest first."""
-    return sorted((p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()), key=lambda p: int(p.name[11:]))
-
-
 def save_checkpoint(folder, policy, optimizer, tokenizer, state, keep):
     """A Hugging Face folder with the optimizer and the counters beside it, complete or absent: written under another
     name, then renamed. Gathered on rank 0, so that it can be resumed with another number of ranks."""
@@ -241,7 +233,6 @@ def main(argv=None):
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     rank, folder = dist.get_rank(), Path(cfg.out, cfg.name)
-    transformers_logging.disable_progress_bar()
 
     # The embedded base is made by one rank, once; the others wait, then find it.
     if cfg.model == "tiny" and rank == 0:
@@ -268,8 +259,7 @@ def main(argv=None):
     controller.load_state_dict(state["controller"])
     trained = policy
     if cfg.parallel == "ddp":
-        devices = [local_rank] if cuda else None
-        trained = DistributedDataParallel(policy, device_ids=devices, forward_sync_buffers=False)
+        trained = DistributedDataParallel(policy, forward_sync_buffers=False)
     wanted = wanted_tensors(cfg.method)
     old_names = sorted({*MICROSCOPE, *(name[4:] for name in wanted if name.startswith("old_"))})
     ref_names = [name[4:] for name in wanted if name.startswith("ref_")]

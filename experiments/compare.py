@@ -1,0 +1,97 @@
+"""Every method on the default task, from the same base and seed: the table and the figures of the README.
+
+    python -m experiments.compare                      all methods, seed 0, two runs at a time; finished runs are kept
+    python -m experiments.compare --methods grpo clip_cov --seeds 0 1 2
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import tiny
+from entropy import read_metrics
+from losses import METHODS
+
+RUNS, RESULTS = Path("runs/compare"), Path("experiments/results")
+KEPT = ("step", "reward/mean", "reward/zero_std_frac", "entropy/response_mean", "entropy/token_mean", "policy/clip_frac",
+        "policy/selected_frac", "policy/kl_to_rollout", "train/skipped", "time/step_s", "eval/pass@1", "eval/pass@8")
+
+
+def run(method, seed):
+    """train.py with its default settings, in one thread; resumed if it was interrupted. Returns its rows."""
+    name = f"{method}-seed{seed}"
+    file = RESULTS / "compare" / f"{name}.jsonl"
+    if not file.exists():
+        command = [sys.executable, "train.py", "--method", method, "--seed", str(seed), "--out", str(RUNS), "--name", name]
+        command += ["--resume"] if list((RUNS / name).glob("checkpoint-*")) else ["--overwrite"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with open(RUNS / f"{name}.log", "a") as log:
+            subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
+        rows = [{k: round(row[k], 5) for k in KEPT if k in row} for row in read_metrics(RUNS / name)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return read_metrics(file)
+
+
+def table(runs):
+    """Markdown: the last evaluation, the entropy of the last ten steps, seconds per step; best pass@1 first."""
+    lines = ["| method | seed | pass@1 | pass@8 | entropy, last 10 steps | reward, last 10 steps | s/step (median) |",
+             "|---|---|---|---|---|---|---|"]
+    tail = lambda rows, key: np.mean([row[key] for row in rows[-10:]])
+    for (method, seed), rows in sorted(runs.items(), key=lambda item: -item[1][-1]["eval/pass@1"]):
+        lines.append(f"| `{method}` | {seed} | {rows[-1]['eval/pass@1']:.3f} | {rows[-1]['eval/pass@8']:.3f} | "
+                     f"{tail(rows, 'entropy/response_mean'):.3f} | {tail(rows, 'reward/mean'):.3f} | "
+                     f"{np.median([row['time/step_s'] for row in rows[1:]]):.2f} |")
+    first = next(iter(runs.values()))[0]
+    lines.append(f"| the base | | {first['eval/pass@1']:.3f} | {first['eval/pass@8']:.3f} | | | |")
+    return "\n".join(lines)
+
+
+def figure(runs, methods, png):
+    """Entropy, pass@1 and pass@8 against the step: a line per method, the mean over seeds, and a band from least to most."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    panels = {"entropy/response_mean": "policy entropy (nats per token)", "eval/pass@1": "test pass@1", "eval/pass@8": "test pass@8"}
+    canvas, axes = plt.subplots(1, 3, figsize=(12.5, 3.6), constrained_layout=True)
+    for axis, (key, title) in zip(axes, panels.items()):
+        for method in methods:
+            seeds = [rows for (name, _), rows in runs.items() if name == method]
+            steps = [row["step"] for row in seeds[0] if key in row]
+            values = np.array([[row[key] for row in rows if key in row] for rows in seeds])
+            line, = axis.plot(steps, values.mean(0), label=method, marker="o" if key.startswith("eval") else None, markersize=3)
+            axis.fill_between(steps, values.min(0), values.max(0), alpha=0.2, color=line.get_color(), linewidth=0)
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylim(bottom=0)
+    axes[0].legend(fontsize=8)
+    canvas.savefig(png, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
+    args = parser.parse_args()
+    RUNS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "compare").mkdir(parents=True, exist_ok=True)
+    tiny.base_model()  # once, before the runs look for it
+    wanted = [(method, seed) for seed in args.seeds for method in args.methods]
+    with ThreadPoolExecutor(args.workers) as pool:
+        rows = list(tqdm(pool.map(lambda pair: run(*pair), wanted), "runs", len(wanted)))
+    runs = dict(zip(wanted, rows))
+    name = "-".join(args.methods) if args.methods != list(METHODS) else "methods"
+    text = table(runs)
+    (RESULTS / f"{name}.md").write_text(f"`python -m experiments.compare {' '.join(sys.argv[1:])}`\n\n{text}\n")
+    figure(runs, args.methods, RESULTS / f"{name}.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
