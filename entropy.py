@@ -1,8 +1,8 @@
 """Entropy: exact log-probs and entropies of given tokens, and the measures that are logged at every step.
 
-The policy entropy of a response token is H_t = -sum_v pi(v) log pi(v) over the whole vocabulary, in nats, at the sampling
-temperature. Logits of shape (B, T, V) in float32 are what runs out of memory first (8 x 1,024 tokens of a 152k vocabulary
-are 5 GB, several times over in backward), so they exist for `chunk_tokens` tokens at a time only.
+The policy entropy of a response token is H_t = -sum_v pi(v) log pi(v) over the whole vocabulary, in nats, at the
+sampling temperature. Logits of shape (B, T, V) in float32 are what runs out of memory first (8 x 1,024 tokens of a 152k
+vocabulary are 5 GB, several times over in backward), so they exist for `chunk_tokens` tokens at a time only.
 """
 import json
 import math
@@ -22,23 +22,24 @@ from losses import token_covariance
 from rollout import micro_batches
 
 
-# ---- log-probs and entropy from hidden states -------------------------------------------------------------------------
+# ---- log-probs and entropy from hidden states ------------------------------------------------------------------------
 
-# Each statistic of a token: (logp (n, V) float32, the token's id (n,)) -> (n,). Methods and measures ask for them by name.
+# Statistics of a token: (logp (n, V) float32, the token's id (n,)) -> (n,). Methods and measures ask for them by name.
 STATISTICS = {
     "log_probs": lambda logp, token: logp.gather(1, token[:, None]).squeeze(1),
     "token_entropy": lambda logp, token: -(logp.exp() * logp).sum(1),
     "sum_p2": lambda logp, token: (2.0 * logp).exp().sum(1),  # sum over v of pi(v)^2
     "sum_p2_log_p": lambda logp, token: ((2.0 * logp).exp() * logp).sum(1),  # sum over v of pi(v)^2 log pi(v)
     "nucleus_entropy": lambda logp, token: nucleus_entropy(logp),
-    # The same token at another temperature, 1.2 and 0.8 times the sampling one: the logits are divided, not the log-probs.
+    # The same token at 1.2 and 0.8 times the temperature: a new softmax, not a division of its log-prob.
     "hot_log_probs": lambda logp, token: torch.log_softmax(logp / 1.2, 1).gather(1, token[:, None]).squeeze(1),
     "cold_log_probs": lambda logp, token: torch.log_softmax(logp / 0.8, 1).gather(1, token[:, None]).squeeze(1),
 }
 
 
 def nucleus_entropy(logp, mass=0.8):
-    """Entropy (n,) in nats of the smallest set of tokens with at least `mass` of the probability, renormalised. logp (n, V)."""
+    """Entropy (n,) in nats of the smallest set of tokens with at least `mass` of the probability, renormalised. logp
+    (n, V)."""
     ordered = logp.sort(dim=1, descending=True).values
     before = ordered.exp().cumsum(1) - ordered.exp()  # of the tokens that are likelier
     kept = torch.log_softmax(ordered.masked_fill(before.detach() >= mass, -1e9), 1)  # finite: -inf would make 0 * inf
@@ -86,11 +87,13 @@ class Policy(nn.Module):
             hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             found = token_statistics(hidden[row, position - 1], self.model.get_output_embeddings(), ids[row, position],
                                      self.temperature, wanted, self.chunk_tokens)
-        return {name: values.new_zeros(response_mask.shape).index_put((row, column), values) for name, values in found.items()}
+        padding = torch.zeros(response_mask.shape, device=ids.device)
+        return {name: padding.index_put((row, column), values) for name, values in found.items()}
 
 
 def build_policy(path, cfg, device, dtype):
-    """The policy, or a frozen reference, with float32 master weights; --parallel fsdp shards it by decoder layer (FSDP2)."""
+    """The policy, or a frozen reference, with float32 master weights; --parallel fsdp shards it by decoder layer
+    (FSDP2)."""
     transformers_logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
     policy = Policy(model, cfg.temperature, dtype if cfg.parallel == "ddp" else torch.float32)
@@ -107,7 +110,8 @@ def build_policy(path, cfg, device, dtype):
 
 
 def score(policy, batch, rows, wanted):
-    """The wanted STATISTICS of some rows of a batch (rollout.collate): {name: (b, t)}, t the longest response of the rows."""
+    """The wanted STATISTICS of some rows of a batch (rollout.collate): {name: (b, t)}, t the longest response of the
+    rows."""
     mask = batch["response_mask"][rows]
     mask = mask[:, :mask.sum(1).max()]
     return policy(batch["ids"][rows, :batch["lengths"][rows].max()], batch["prompt_lens"][rows], mask, wanted)
@@ -123,7 +127,7 @@ def score_all(policy, batch, wanted, budget):
     return found
 
 
-# ---- the measures of one rollout batch --------------------------------------------------------------------------------
+# ---- the measures of one rollout batch -------------------------------------------------------------------------------
 
 MICROSCOPE = ("log_probs", "token_entropy", "sum_p2", "sum_p2_log_p")  # the STATISTICS that measure() reads
 QUADRANTS = ("pos_likely", "pos_rare", "neg_likely", "neg_rare")
@@ -165,7 +169,8 @@ def measure(old, advantages, response_mask, total):
     sums += [cov[:max(1, math.ceil(f * len(cov)))].mean() * len(cov) for f in TOP_FRACTIONS]
     for name in QUADRANTS:
         sums += [parts[name].sum(), change[parts[name]].sum()]
-    tokens, answers, entropy_sum, entropy_means, logp_sum, moved, *rest = total(torch.stack([s.double() for s in sums])).tolist()
+    sums = total(torch.stack([s.double() for s in sums])).tolist()
+    tokens, answers, entropy_sum, entropy_means, logp_sum, moved, *rest = sums
     metrics = {"entropy/token_mean": entropy_sum / tokens, "entropy/response_mean": entropy_means / answers,
                "policy/log_prob_mean": logp_sum / tokens}
     for fraction, value in zip(TOP_FRACTIONS, rest):
@@ -176,7 +181,7 @@ def measure(old, advantages, response_mask, total):
     return metrics
 
 
-# ---- the record of a run -----------------------------------------------------------------------------------------------
+# ---- the record of a run ---------------------------------------------------------------------------------------------
 
 def read_metrics(run):
     """The rows of runs/NAME/metrics.jsonl (or of such a file), a dict per line."""
@@ -209,7 +214,7 @@ def check_folder(cfg):
         changed = [f"--{name} {before.get(name)}, not {value}" for name, value in vars(cfg).items()
                    if before.get(name) != value and name not in MAY_CHANGE_ON_RESUME]
         if changed:
-            raise ValueError(f"--resume: {folder} was trained with {'; '.join(changed)}. Give the same, or another --name")
+            raise ValueError(f"--resume: {folder} was trained with {'; '.join(changed)}: give these, or a new --name")
     elif (folder / "metrics.jsonl").exists() and not cfg.overwrite:
         raise ValueError(f"{folder} holds an earlier run: --resume goes on, --overwrite deletes it, --name keeps both")
 
@@ -266,12 +271,14 @@ def table_line(row=None):
 
 
 def plot_curves(runs, png):
-    """Entropy, training reward, pass@1 and the largest pass@k against the step, a line per run. runs: {label: folder}."""
+    """Entropy, training reward, pass@1 and the largest pass@k against the step, a line per run. runs: {label:
+    folder}."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     rows = {label: read_metrics(run) for label, run in runs.items()}
-    ks = sorted({int(key.split("@")[1]) for r in rows.values() for row in r for key in row if key.startswith("eval/pass@")})
+    keys = {key for run in rows.values() for row in run for key in row if key.startswith("eval/pass@")}
+    ks = sorted(int(key.split("@")[1]) for key in keys)
     panels = [("entropy/response_mean", "policy entropy (nats per token)"), ("reward/mean", "training reward (mean)")]
     panels += [(f"eval/pass@{k}", f"test pass@{k}") for k in sorted({ks[0], 8 if 8 in ks else ks[-1]})] if ks else []
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), constrained_layout=True)

@@ -2,13 +2,13 @@
 
 Shapes: B sequences, T response tokens. Every method is called as
 
-    loss, metrics = METHODS[name](log_probs, old_log_probs, advantages, response_mask, *, <tensors>, <knobs>, num_tokens=None)
+    loss, metrics = METHODS[name](log_probs, old_log_probs, advantages, response_mask, <tensors>, <knobs>, num_tokens=N)
 
-    log_probs       (B, T) float, with gradient: log pi(y_t) under the weights being trained, at the sampling temperature
-    old_log_probs   (B, T) float: the same tokens by the trainer's own forward before the first update of this rollout batch
+    log_probs       (B, T) float, with gradient: log pi(y_t) of the weights being trained, at the sampling temperature
+    old_log_probs   (B, T) float: the same tokens, by the trainer's own forward before the rollout batch's first update
     advantages      (B, T) float: A_t, constant along T for an outcome reward
     response_mask   (B, T) bool: True on the tokens that the policy produced, EOS included
-    num_tokens      response tokens of the whole optimizer step, over all micro-batches and ranks; None: those of this call
+    num_tokens      response tokens of the optimizer step, over all micro-batches and ranks; None: those of this call
 
 Keyword arguments without a default are further (B, T) tensors that the method wants (train.py reads their names off the
 signature and provides them); those with a default are its knobs (`--knobs name=value`). The loss and every metric are
@@ -21,7 +21,7 @@ import math
 import torch
 
 
-# ---- shared lines -----------------------------------------------------------------------------------------------------
+# ---- shared lines ----------------------------------------------------------------------------------------------------
 
 def group_advantages(rewards, group_size, adv_norm="std"):
     """GRPO's advantage of each answer: its reward, centred and scaled within the answers to the same prompt.
@@ -55,7 +55,7 @@ def importance_ratio(log_probs, old_log_probs, response_mask):
 def ppo_surrogate(ratio, advantages, clip_low, clip_high, dual_clip=None):
     """PPO's clipped loss per token, and where the clip has removed the gradient. All (B, T).
 
-        loss_t = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high));  dual_clip=c:  loss_t = min(loss_t, -A c) where A < 0
+        loss_t = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high));   dual_clip=c: min(loss_t, -A c) where A < 0
 
     The maximum of losses is the minimum of surrogates: the clip only ever takes gain away, so it bites at
     (A > 0, r > 1 + clip_high) and (A < 0, r < 1 - clip_low). Arxiv 1707.06347, eq. 7; dual clip 1912.09729, eq. 5.
@@ -126,9 +126,10 @@ class Controller:
         self.state = dict(state)
 
 
-# ---- base -------------------------------------------------------------------------------------------------------------
+# ---- base ------------------------------------------------------------------------------------------------------------
 
-def grpo(log_probs, old_log_probs, advantages, response_mask, *, clip_low=0.2, clip_high=0.2, dual_clip=None, num_tokens=None):
+def grpo(log_probs, old_log_probs, advantages, response_mask, *,
+         clip_low=0.2, clip_high=0.2, dual_clip=None, num_tokens=None):
     """The baseline: PPO's clipped loss on group advantages, averaged over tokens; no KL, no entropy term.
 
     All tensors (B, T), see the head of this file.
@@ -159,11 +160,11 @@ def entropy_bonus(log_probs, old_log_probs, advantages, response_mask, *, token_
                   entropy_coef=0.001, clip_low=0.2, clip_high=0.2, num_tokens=None):
     """GRPO, with the mean token entropy as a bonus.
 
-    token_entropy (B, T): exact full-vocabulary H_t in nats, with gradient (under no_grad the bonus would be a constant).
+    token_entropy (B, T): exact full-vocabulary H_t in nats, with gradient: under no_grad the bonus is a constant.
 
         L = L_GRPO - entropy_coef * 1/N sum_t H_t
 
-    Compared in arXiv 2505.22617, section 4.1: 1e-4 and 1e-3 do little, 5e-3 holds entropy without a gain, 1e-2 explodes.
+    Compared in arXiv 2505.22617, section 4.1: 1e-4, 1e-3 do little, 5e-3 holds entropy without a gain, 1e-2 explodes.
     """
     loss, metrics = grpo(log_probs, old_log_probs, advantages, response_mask,
                          clip_low=clip_low, clip_high=clip_high, num_tokens=num_tokens)
@@ -192,7 +193,7 @@ def kl_loss(log_probs, old_log_probs, advantages, response_mask, *, ref_log_prob
     return loss + kl_coef * token_mean(penalty, response_mask, num_tokens), metrics
 
 
-# ---- The Entropy Mechanism (arXiv 2505.22617) -------------------------------------------------------------------------
+# ---- The Entropy Mechanism (arXiv 2505.22617) ------------------------------------------------------------------------
 
 def clip_cov(log_probs, old_log_probs, advantages, response_mask, *,
              cov_frac=2e-4, cov_low=1.0, cov_high=5.0, clip_low=1.0, clip_high=1.0, num_tokens=None):
@@ -243,7 +244,7 @@ def kl_cov(log_probs, old_log_probs, advantages, response_mask, *, cov_frac=2e-3
     return token_mean(token_loss, response_mask, num_tokens), metrics
 
 
-# ---- STEER (arXiv 2510.10150) -----------------------------------------------------------------------------------------
+# ---- STEER (arXiv 2510.10150) ----------------------------------------------------------------------------------------
 
 def steer(log_probs, old_log_probs, advantages, response_mask, *, old_token_entropy,
           min_weight=0.8, max_weight=1.2, mapping="exp", form="released",
@@ -262,8 +263,8 @@ def steer(log_probs, old_log_probs, advantages, response_mask, *, old_token_entr
     over this call's tokens, so one outlier sets k; "theorem" has one more p and is not driven by rare tokens.
     Does nothing at min_weight = 1 with mapping="exp".
     """
-    if mapping not in ("exp", "linear") or form not in ("released", "theorem"):
-        raise ValueError(f"mapping={mapping}, form={form}: use mapping=exp|linear, form=released|theorem")
+    if mapping not in ("exp", "linear") or form not in ("released", "theorem") or not 0 < min_weight <= 1:
+        raise ValueError("steer takes mapping=exp or linear, form=released or theorem, 0 < min_weight <= 1")
     ratio = importance_ratio(log_probs, old_log_probs, response_mask)
     token_loss, clipped = ppo_surrogate(ratio, advantages, clip_low, clip_high, dual_clip)
     with torch.no_grad():
@@ -283,7 +284,7 @@ def steer(log_probs, old_log_probs, advantages, response_mask, *, old_token_entr
     return token_mean(weight * token_loss, response_mask, num_tokens), metrics
 
 
-# ---- Revisiting Entropy (arXiv 2511.05993) ----------------------------------------------------------------------------
+# ---- Revisiting Entropy (arXiv 2511.05993) ---------------------------------------------------------------------------
 
 def par(log_probs, old_log_probs, advantages, response_mask, *,
         positive_weight=0.0, clip_low=0.2, clip_high=0.2, num_tokens=None):
@@ -325,7 +326,7 @@ def par_weight(state, entropy, progress, metrics, *, schedule="entropy", target_
     return {"positive_weight": weight}
 
 
-# ---- other advantages -------------------------------------------------------------------------------------------------
+# ---- other advantages ------------------------------------------------------------------------------------------------
 
 def w_reinforce(log_probs, old_log_probs, advantages, response_mask, *, rewards,
                 positive_weight=0.1, negative_weight=1.0, clip_low=0.2, clip_high=0.2, num_tokens=None):
@@ -338,7 +339,7 @@ def w_reinforce(log_probs, old_log_probs, advantages, response_mask, *, rewards,
     Zhu et al. 2025, arXiv 2506.01347: W-REINFORCE; positive_weight=1 negative_weight=0 is PSR, positive_weight=0 NSR.
     Groups without variance do teach here.
     """
-    advantages = torch.where(rewards > 0, positive_weight, -negative_weight)
+    advantages = torch.where(rewards > 0, positive_weight, -negative_weight).to(log_probs)
     return grpo(log_probs, old_log_probs, advantages, response_mask,
                 clip_low=clip_low, clip_high=clip_high, num_tokens=num_tokens)
 
@@ -347,15 +348,16 @@ def entropy_advantage(log_probs, old_log_probs, advantages, response_mask, *, ol
                       alpha=0.4, kappa=2.0, clip_low=0.2, clip_high=0.2, num_tokens=None):
     """GRPO, with a part of each token's entropy added to its advantage.
 
-    old_token_entropy (B, T): H_t of the policy that sampled, nats, a constant here: this is no bonus, its gradient is that
-    of the policy.
+    old_token_entropy (B, T): H_t of the policy that sampled, nats, a constant here: this is no bonus, its gradient is
+    that of the policy.
 
         A'_t = A_t + min(alpha H_t, |A_t| / kappa);   L = L_GRPO(A')
 
     Cheng et al. 2025, arXiv 2506.14758. kappa > 1 keeps the sign of A. Does nothing at alpha = 0, nor where A = 0.
     """
     shaped = advantages + torch.minimum(alpha * old_token_entropy.detach(), advantages.abs() / kappa)
-    return grpo(log_probs, old_log_probs, shaped, response_mask, clip_low=clip_low, clip_high=clip_high, num_tokens=num_tokens)
+    return grpo(log_probs, old_log_probs, shaped, response_mask,
+                clip_low=clip_low, clip_high=clip_high, num_tokens=num_tokens)
 
 
 def entropic(log_probs, old_log_probs, advantages, response_mask, *,
@@ -371,7 +373,8 @@ def entropic(log_probs, old_log_probs, advantages, response_mask, *,
     """
     sure = old_log_probs.exp() > confident
     weighted = advantages * torch.where(sure, 1.0 + alpha * advantages.sign(), 1.0)
-    return grpo(log_probs, old_log_probs, weighted, response_mask, clip_low=clip_low, clip_high=clip_high, num_tokens=num_tokens)
+    return grpo(log_probs, old_log_probs, weighted, response_mask,
+                clip_low=clip_low, clip_high=clip_high, num_tokens=num_tokens)
 
 
 def entropic_alpha(state, entropy, progress, metrics, *, target_entropy=0.1, kp=1.0, ki=0.01):
@@ -385,22 +388,24 @@ def dcpo(log_probs, old_log_probs, advantages, response_mask, *, rewards, old_ho
          mix=0.0, hot=1.0, clip_low=0.2, clip_high=0.2, num_tokens=None):
     """GRPO, with a share of REINFORCE on right answers, importance-weighted to what another temperature would sample.
 
-    rewards (B, T): 1 or 0; old_hot_log_probs, old_cold_log_probs (B, T): the sampled tokens under the old policy at 1.2 and
-    0.8 of the sampling temperature. mix = a and hot come from dcpo_mix below.
+    rewards (B, T): 1 or 0; old_hot_log_probs, old_cold_log_probs (B, T): the sampled tokens under the old policy at 1.2
+    and 0.8 of the sampling temperature. mix = a and hot come from dcpo_mix below.
 
         rho_t = pi_T,old / pi_old;   A'_t = (1 - a) A_t + a 1[right] rho_t;   L = L_GRPO(A')
 
-    Released with AEPO (arXiv 2510.08141), without its second sampler. To learn from what a hotter policy says raises the
-    entropy, a colder one lowers it. Does nothing at a = 0.
+    Released with AEPO (arXiv 2510.08141), without its second sampler. To learn from what a hotter policy would sample
+    raises the entropy more than the same term at the sampling temperature, a colder one less; together with GRPO's own
+    step the sign depends on the prompt. Does nothing at a = 0.
     """
     tempered = old_hot_log_probs if hot else old_cold_log_probs
     rho = importance_ratio(tempered, old_log_probs, response_mask)
     mixed = (1.0 - mix) * advantages + mix * (rewards > 0) * rho
-    return grpo(log_probs, old_log_probs, mixed, response_mask, clip_low=clip_low, clip_high=clip_high, num_tokens=num_tokens)
+    return grpo(log_probs, old_log_probs, mixed, response_mask,
+                clip_low=clip_low, clip_high=clip_high, num_tokens=num_tokens)
 
 
 def dcpo_mix(state, entropy, progress, metrics, *, target_entropy=0.5):
-    """Controller of dcpo: a0 = min(|H* - H|, 0.1) / share of right answers, a = a0 / (1 + a0); hot at or below the target."""
+    """Controller of dcpo: a0 = min(|H* - H|, 0.1) / share of right answers, a = a0 / (1 + a0); hot at or below H*."""
     a0 = min(abs(target_entropy - entropy), 0.1) / max(metrics["reward/mean"], 1e-6)
     return {"mix": a0 / (1.0 + a0), "hot": float(entropy <= target_entropy)}
 
@@ -408,25 +413,26 @@ def dcpo_mix(state, entropy, progress, metrics, *, target_entropy=0.5):
 def aepo(log_probs, old_log_probs, advantages, response_mask, *, clip_low=0.2, clip_high=0.2, num_tokens=None):
     """GRPO on a batch into which good answers sampled at another temperature have been mixed.
 
-    The mixing is train.py's, in stage 1, as aepo_temperature below says: a quarter of the prompts is sampled once more at
-    second_temperature, answers of advantage > 0.05 get A = 1 and take the place of the first rows of the batch.
+    The mixing is train.py's, in stage 1, as aepo_temperature below says: a quarter of the prompts is sampled once more
+    at second_temperature, answers of advantage > 0.05 get A = 1 and take the place of the first rows of the batch.
 
         grad J = grad J_GRPO + E_{o ~ pi^T} [grad log pi(o) R]
 
     Wang et al. 2025, arXiv 2510.08141, released code; old_log_probs are recomputed at the sampling temperature. A first
-    batch has no second sample, as its entropy is not known yet.
+    batch has no second sample here, as its entropy is not known yet. The logged entropy includes the mixed-in answers.
     """
-    return grpo(log_probs, old_log_probs, advantages, response_mask, clip_low=clip_low, clip_high=clip_high, num_tokens=num_tokens)
+    return grpo(log_probs, old_log_probs, advantages, response_mask,
+                clip_low=clip_low, clip_high=clip_high, num_tokens=num_tokens)
 
 
-def aepo_temperature(state, entropy, progress, metrics, *, target_entropy=0.5, hot=1.2, cold=0.8, replaced_rows=60):
-    """Controller of aepo: the second temperature, as a multiple of the first, and how many rows of the batch give way:
-    replaced_rows at or below the target, half of them above it."""
+def aepo_temperature(state, entropy, progress, metrics, *, target_entropy=0.5, hot=1.2, cold=0.8, most_rows=60):
+    """Controller of aepo: the second temperature, as a multiple of the first; of the good answers, at most most_rows, the
+    share that takes rows of the batch, all at or below the target, half above it."""
     low = entropy <= target_entropy
-    return {"second_temperature": hot if low else cold, "replaced_rows": replaced_rows if low else replaced_rows // 2}
+    return {"second_temperature": hot if low else cold, "most_rows": most_rows, "taken_share": 1.0 if low else 0.5}
 
 
-# ---- other clips ------------------------------------------------------------------------------------------------------
+# ---- other clips -----------------------------------------------------------------------------------------------------
 
 def flex_clip(log_probs, old_log_probs, advantages, response_mask, *, upper_share=0.0, lower_share=0.0,
               upper_slope=-0.25, upper_offset=0.5, lower_slope=-0.13, lower_offset=0.3,
@@ -436,16 +442,18 @@ def flex_clip(log_probs, old_log_probs, advantages, response_mask, *, upper_shar
     upper_share, lower_share in [0, 1] come from flex_clip_shares below. With p = pi(y_t) now, detached:
 
         eps+(p) = clip(upper_slope p + upper_offset, narrowest, widest), eps-(p) alike
-        upper bound: 1 + upper_share eps+(p) + (1 - upper_share) clip;   lower: 1 - lower_share eps-(p) - (1 - lower_share) clip
+        upper bound: 1 + upper_share eps+(p) + (1 - upper_share) clip
+        lower bound: 1 - lower_share eps-(p) - (1 - lower_share) clip
 
-    FlexEC, arXiv 2602.09782 (constants third-party). A wider upper bound lets rare tokens of right answers grow, a wider
-    lower one lets tokens of wrong answers fall. Does nothing with one update per rollout, or with both shares 0.
+    FlexEC, arXiv 2602.09782 (constants third-party). A wider upper bound lets rare tokens of right answers grow, a
+    wider lower one lets tokens of wrong answers fall. Does nothing with one update per rollout, or with both shares 0.
     """
     p = log_probs.detach().exp()
     upper = (upper_slope * p + upper_offset).clamp(narrowest, widest)
     lower = (lower_slope * p + lower_offset).clamp(narrowest, widest)
     ratio = importance_ratio(log_probs, old_log_probs, response_mask)
-    token_loss, clipped = ppo_surrogate(ratio, advantages, clip + lower_share * (lower - clip), clip + upper_share * (upper - clip))
+    lower, upper = clip + lower_share * (lower - clip), clip + upper_share * (upper - clip)
+    token_loss, clipped = ppo_surrogate(ratio, advantages, lower, upper)
     metrics = {"policy/clip_frac": token_mean(clipped.float(), response_mask, num_tokens)}
     return token_mean(token_loss, response_mask, num_tokens), metrics
 
@@ -455,7 +463,7 @@ def flex_clip_shares(state, entropy, progress, metrics, *, schedule="id"):
 
         "id"   raise, then lower:   (lambda hi + (1 - lambda) eps, eps), then (eps, (1 + lambda) lo - lambda eps)
         "did"  lower, raise, lower: (lambda eps + (1 - lambda) hi, eps), then (hi, (1 + lambda) lo - lambda eps)
-        "od"   by entropy: (hi, eps) at H <= 0.2 H_0; (eps, lo) above a line that falls from H_0 to 0.2 H_0; else as before
+        "od"   by entropy: (hi, eps) at H <= 0.2 H_0; (eps, lo) above the line from H_0 to 0.2 H_0; else as before
     """
     lam, first_half = 1.0 - 2.0 * progress, progress <= 0.5
     if schedule == "id":
@@ -466,7 +474,8 @@ def flex_clip_shares(state, entropy, progress, metrics, *, schedule="id"):
         raise ValueError(f"schedule={schedule}: use id, did or od")
     first = state.get("first_entropy", entropy)
     low = 0.2 * first
-    raising = 1.0 if entropy <= low else 0.0 if entropy > low + (first - low) * (1.0 - progress) else state.get("upper_share", 0.0)
+    high = low + (first - low) * (1.0 - progress)
+    raising = 1.0 if entropy <= low else 0.0 if entropy > high else state.get("upper_share", 0.0)
     return {"upper_share": raising, "lower_share": 1.0 - raising, "first_entropy": first}
 
 
@@ -478,8 +487,8 @@ def ce_gppo(log_probs, old_log_probs, advantages, response_mask, *,
         r > 1 + clip_high, A > 0:   loss_t = -beta_high (1 + clip_high) r / sg(r) A
         else                        loss_t = -A r
 
-    CE-GPPO, arXiv 2509.20712. beta_low pulls the entropy down less hard, beta_high lets rare right tokens grow. With one
-    update per rollout, or both betas 0, it has GRPO's gradient.
+    CE-GPPO, arXiv 2509.20712. beta_low pulls the entropy down less hard, beta_high lets rare right tokens grow. With
+    one update per rollout, or both betas 0, it has GRPO's gradient.
     """
     ratio = importance_ratio(log_probs, old_log_probs, response_mask)
     low, high = (ratio < 1.0 - clip_low) & (advantages < 0), (ratio > 1.0 + clip_high) & (advantages > 0)
@@ -505,7 +514,8 @@ def cispo(log_probs, old_log_probs, advantages, response_mask, *, clip_low=10.0,
     return token_mean(-bounded * advantages * log_probs, response_mask, num_tokens), metrics
 
 
-def gspo(log_probs, old_log_probs, advantages, response_mask, *, num_sequences, clip_low=3e-4, clip_high=4e-4, num_tokens=None):
+def gspo(log_probs, old_log_probs, advantages, response_mask, *,
+         num_sequences, clip_low=3e-4, clip_high=4e-4, num_tokens=None):
     """GRPO with one ratio per sequence, clipped as a whole, and a mean over sequences of token means.
 
     num_sequences: answers of the whole optimizer step, over all micro-batches and ranks. sg: stopped gradient.
@@ -513,7 +523,7 @@ def gspo(log_probs, old_log_probs, advantages, response_mask, *, num_sequences, 
         s_i = exp(mean_t log r_t);   s_i,t = sg(s_i) pi(y_t) / sg(pi(y_t))
         L = 1/num_sequences sum_i 1/|y_i| sum_t max(-A s_i,t, -A clip(s_i,t, 1 - clip_low, 1 + clip_high))
 
-    Zheng et al. 2025, arXiv 2507.18071, GSPO-token, eqs. 7 and 13. No clip acts with one update per rollout.
+    Zheng et al. 2025, arXiv 2507.18071, GSPO-token. No clip acts with one update per rollout.
     """
     log_r, lengths = log_ratio(log_probs, old_log_probs, response_mask), response_mask.sum(1, keepdim=True).clamp(min=1)
     log_s = log_r.sum(1, keepdim=True) / lengths
@@ -523,7 +533,7 @@ def gspo(log_probs, old_log_probs, advantages, response_mask, *, num_sequences, 
     return token_mean(token_loss / lengths, response_mask, num_sequences), metrics
 
 
-# ---- tokens that are left out -----------------------------------------------------------------------------------------
+# ---- tokens that are left out ----------------------------------------------------------------------------------------
 
 def rand_pos_clip(log_probs, old_log_probs, advantages, response_mask, *,
                   drop_frac=0.02, clip_low=0.2, clip_high=0.2, num_tokens=None):
@@ -541,13 +551,13 @@ def rand_pos_clip(log_probs, old_log_probs, advantages, response_mask, *,
 
 def fork_tokens(log_probs, old_log_probs, advantages, response_mask, *, old_token_entropy,
                 top_frac=0.2, clip_low=0.2, clip_high=0.2, num_tokens=None):
-    """GRPO on the tokens of highest entropy only, averaged over these.
+    """GRPO on the tokens of highest entropy only, over as many.
 
     old_token_entropy (B, T): H_t of the policy that sampled, nats.
 
         F = the top_frac of this call's tokens with the highest H_t;   L = 1/(top_frac N) sum_{t in F} loss_t
 
-    Wang et al. 2025, arXiv 2506.01939 (80/20: forking tokens), eq. 5. Does nothing at top_frac = 1.
+    Wang et al. 2025, arXiv 2506.01939 (80/20: forking tokens). Does nothing at top_frac = 1.
     """
     count = max(1, int(top_frac * int(response_mask.sum())))
     top = old_token_entropy.masked_fill(~response_mask, -math.inf).flatten().topk(count).indices
@@ -557,18 +567,19 @@ def fork_tokens(log_probs, old_log_probs, advantages, response_mask, *, old_toke
 
 
 def clip_b(log_probs, old_log_probs, advantages, response_mask, *, clip_low=0.2, clip_high=0.2, num_tokens=None):
-    """GRPO without the tokens of wrong answers whose suppression would cost the most entropy, as clip_b_mask finds them.
+    """GRPO without the tokens of wrong answers whose suppression would cost the most entropy: see clip_b_mask.
 
     They leave the response mask before the updates, and so the denominator. arXiv 2602.03392, released code.
     """
-    return grpo(log_probs, old_log_probs, advantages, response_mask, clip_low=clip_low, clip_high=clip_high, num_tokens=num_tokens)
+    return grpo(log_probs, old_log_probs, advantages, response_mask,
+                clip_low=clip_low, clip_high=clip_high, num_tokens=num_tokens)
 
 
 def clip_b_mask(old, advantages, response_mask, total, *, mu=2.5):
-    """Which tokens of a rollout batch clip_b keeps, (B, T) bool. old: {"log_probs", "token_entropy"}, each (B, T), of the
-    policy that sampled; total sums a tensor over ranks.
+    """Which tokens of a rollout batch clip_b keeps, (B, T) bool. old: {"log_probs", "token_entropy"}, each (B, T), of
+    the policy that sampled; total sums a tensor over ranks.
 
-        S = p (log p + H);   dropped: A < 0 and S - mean S < -mu std S,   over the batch's response tokens, std population
+        S = p (log p + H);   dropped: A < 0 and S - mean S < -mu std S   (over the batch's tokens; population std)
     """
     log_p = old["log_probs"]
     S = log_p.exp() * (log_p + old["token_entropy"])
@@ -577,8 +588,9 @@ def clip_b_mask(old, advantages, response_mask, total, *, mu=2.5):
 
 
 def clip_v(log_probs, old_log_probs, advantages, response_mask, *, clip_low=0.2, clip_high=0.2, num_tokens=None):
-    """As clip_b, with the exact first-order change, in which all logits move: see clip_v_mask. arXiv 2602.03392, released code."""
-    return grpo(log_probs, old_log_probs, advantages, response_mask, clip_low=clip_low, clip_high=clip_high, num_tokens=num_tokens)
+    """clip_b by the exact first-order change, in which all logits move: see clip_v_mask. 2602.03392, released code."""
+    return grpo(log_probs, old_log_probs, advantages, response_mask,
+                clip_low=clip_low, clip_high=clip_high, num_tokens=num_tokens)
 
 
 def clip_v_mask(old, advantages, response_mask, total, *, mu=8.5, most_frac=1e-4):
@@ -586,7 +598,7 @@ def clip_v_mask(old, advantages, response_mask, total, *, mu=8.5, most_frac=1e-4
     "sum_p2_log_p"}, each (B, T), of the policy that sampled; total sums a tensor over ranks.
 
         x = [H sum_v p_v^2 + sum_v p_v^2 log p_v] - p (log p + H);   dropped: A < 0 and x > mu std(x),
-        the largest x only, at most the share most_frac of this rank's tokens
+        the largest x only, at most int(most_frac * this rank's tokens): below 1 / most_frac tokens, none
     """
     log_p, H = old["log_probs"], old["token_entropy"]
     x = H * old["sum_p2"] + old["sum_p2_log_p"] - log_p.exp() * (log_p + H)
@@ -605,7 +617,7 @@ def batch_mean_std(values, response_mask, total):
     return mean, (second / count - mean.square()).clamp(min=0.0).sqrt()
 
 
-# ---- entropy terms ----------------------------------------------------------------------------------------------------
+# ---- entropy terms ---------------------------------------------------------------------------------------------------
 
 def adaptive_entropy(log_probs, old_log_probs, advantages, response_mask, *, token_entropy,
                      entropy_coef=0.0, clip_low=0.2, clip_high=0.2, num_tokens=None):
@@ -639,18 +651,21 @@ def aer(log_probs, old_log_probs, advantages, response_mask, *, token_entropy, g
     """
     loss, metrics = grpo(log_probs, old_log_probs, advantages, response_mask,
                          clip_low=clip_low, clip_high=clip_high, num_tokens=num_tokens)
+    if hard_below <= 0:
+        raise ValueError(f"hard_below={hard_below}: an accuracy above 0, below which a prompt counts as hard")
     weight = (hard_below - group_accuracy).clamp(min=0.0) / hard_below
     return loss - alpha * token_mean(weight * token_entropy, response_mask, num_tokens), metrics
 
 
 def aer_alpha(state, entropy, progress, metrics, *, target_ratio=0.8, rate=0.005):
-    """Controller of aer: alpha <- max(0, alpha + rate (H* - H)), from 0, with H* = target_ratio H_0, H_0 of the first batch."""
+    """Controller of aer: alpha <- max(0, alpha + rate (H* - H)), from 0; H* = target_ratio times the first H."""
     first = state.get("first_entropy", entropy)
-    return {"alpha": max(0.0, state.get("alpha", 0.0) + rate * (target_ratio * first - entropy)), "first_entropy": first}
+    alpha = state.get("alpha", 0.0) + rate * (target_ratio * first - entropy)
+    return {"alpha": max(0.0, alpha), "first_entropy": first}
 
 
 def siren(log_probs, old_log_probs, advantages, response_mask, *, nucleus_entropy,
-          anchor=math.nan, coef=0.005, peak_frac=0.2, clip_low=0.2, clip_high=0.2, num_tokens=None):
+          anchor=None, coef=0.005, peak_frac=0.2, clip_low=0.2, clip_high=0.2, num_tokens=None):
     """GRPO, with a penalty that keeps the entropy of the most uncertain tokens where it was at the start.
 
     nucleus_entropy (B, T): entropy in nats of the renormalised smallest set of tokens with probability >= 0.8, with
@@ -659,32 +674,34 @@ def siren(log_probs, old_log_probs, advantages, response_mask, *, nucleus_entrop
         peak = the peak_frac of each response's tokens with the highest nucleus entropy
         L = L_GRPO + coef (mean over peak of H^0.8 - anchor)^2
 
-    SIREN, released code. The mean is over this call's peak tokens; a call counts by its share of the step's tokens. In the
-    first step, which measures the anchor, there is no penalty.
+    Jiang et al. 2025, arXiv 2509.25133, released code; that the set is renormalised is our reading. The mean is over
+    this call's peak tokens; a call counts by its share of the step's tokens. In the first step, which measures the
+    anchor, there is no penalty.
     """
     loss, metrics = grpo(log_probs, old_log_probs, advantages, response_mask,
                          clip_low=clip_low, clip_high=clip_high, num_tokens=num_tokens)
     rank = nucleus_entropy.detach().masked_fill(~response_mask, -math.inf).argsort(1, descending=True).argsort(1)
     peak = response_mask & (rank < torch.ceil(peak_frac * response_mask.sum(1, keepdim=True)))
     mean, share = token_mean(nucleus_entropy, peak), token_mean(torch.ones_like(log_probs), response_mask, num_tokens)
-    penalty = 0.0 if math.isnan(anchor) else coef * share * (mean - anchor).square()
+    penalty = 0.0 if anchor is None else coef * share * (mean - anchor).square()
     return loss + penalty, metrics | {"entropy/peak_mean": share * mean.detach()}
 
 
 def siren_anchor(state, entropy, progress, metrics):
     """Controller of siren: the anchor is what the first step measured."""
-    anchor = state.get("anchor", math.nan)
-    return {"anchor": metrics.get("entropy/peak_mean", math.nan) if math.isnan(anchor) else anchor}
+    anchor = state.get("anchor", metrics.get("entropy/peak_mean"))
+    return {} if anchor is None else {"anchor": anchor}
 
 
-# ---- the registry -----------------------------------------------------------------------------------------------------
+# ---- the registry ----------------------------------------------------------------------------------------------------
 
 METHODS = {f.__name__: f for f in (
     grpo, clip_higher, entropy_bonus, kl_loss, clip_cov, kl_cov, steer, par,
     w_reinforce, entropy_advantage, entropic, dcpo, aepo, flex_clip, ce_gppo, cispo, gspo,
     rand_pos_clip, fork_tokens, clip_b, clip_v, adaptive_entropy, aer, siren)}
 CONTROLLERS = {"par": par_weight, "entropic": entropic_alpha, "dcpo": dcpo_mix, "aepo": aepo_temperature,
-               "flex_clip": flex_clip_shares, "adaptive_entropy": adaptive_entropy_coef, "aer": aer_alpha, "siren": siren_anchor}
+               "flex_clip": flex_clip_shares, "adaptive_entropy": adaptive_entropy_coef, "aer": aer_alpha,
+               "siren": siren_anchor}
 MASKS = {"clip_b": clip_b_mask, "clip_v": clip_v_mask}  # edit the response mask, once per rollout batch
 
 _ONE = "the ratio is 1 throughout and no clip can act: this is GRPO; use more updates per rollout"
@@ -693,10 +710,11 @@ IDLE_WITH_ONE_UPDATE = {  # train.py warns
     "kl_cov": "its penalty has no gradient at ratio 1: this is plain policy gradient; use more updates per rollout",
 }
 REFUSED = {  # (method, flag of train.py): why they do not go together
-    ("w_reinforce", "dynamic_sampling"): "it has no baseline, so that groups with equal rewards do teach; leave out --dynamic_sampling",
-    ("w_reinforce", "adv_norm"): "it does not use group advantages, so there is nothing to normalise; leave out --adv_norm",
-    ("aepo", "tis_cap"): "part of its answers are sampled at another temperature on purpose, which the weight would undo; leave out --tis_cap",
-    ("gspo", "tis_cap"): "its ratio belongs to the sequence, and weights per token would change what it clips; leave out --tis_cap",
+    ("w_reinforce", "dynamic_sampling"): "it has no baseline, so equal rewards do teach; leave the flag out",
+    ("w_reinforce", "adv_norm"): "it uses no group advantages, so there is nothing to normalise; leave the flag out",
+    ("aepo", "tis_cap"): "some of its answers come from another temperature on purpose, which the weight would undo; "
+                         "leave the flag out",
+    ("gspo", "tis_cap"): "its ratio is the sequence's, and weights per token would change it; leave the flag out",
 }
 
 
@@ -713,7 +731,7 @@ def default_knobs(function):
 
 
 def parse_knobs(method, settings):
-    """["cov_frac=2e-2", ...] -> knobs of the loss, of its controller's rule, of its mask ({} without), defaults filled in.
+    """["cov_frac=2e-2", ...] -> the knobs of the loss, of its controller's rule and of its mask, with the defaults.
 
     Raises ValueError on an unknown method, an unknown knob (listing those that the method has) or a value that the
     method refuses: it is called once here, on two tokens, so that a typing error costs no model to be loaded.
@@ -721,8 +739,9 @@ def parse_knobs(method, settings):
     if method not in METHODS:
         raise ValueError(f"--method {method} is unknown. Methods: {', '.join(sorted(METHODS))}")
     rule = CONTROLLERS.get(method)
-    loss_knobs, rule_knobs, mask_knobs = (default_knobs(f) if f else {} for f in (METHODS[method], rule, MASKS.get(method)))
-    example = ({}, 1.0, 0.0, {"reward/mean": 0.5})
+    functions = (METHODS[method], rule, MASKS.get(method))
+    loss_knobs, rule_knobs, mask_knobs = (default_knobs(function) if function else {} for function in functions)
+    example = ({}, 1.0, 0.0, {"reward/mean": 0.5, "entropy/peak_mean": 1.0})
     state = rule(*example) if rule else {}  # what the controller sets is no knob
     known = {name: value for name, value in loss_knobs.items() if name not in state} | rule_knobs | mask_knobs
     for setting in settings:
@@ -736,7 +755,8 @@ def parse_knobs(method, settings):
                 knobs[name] = value
     state = rule(*example, **rule_knobs) if rule else {}
     two = torch.full((1, 2), -1.0)
-    METHODS[method](two, two, -two, two < 0, **{name: two for name in wanted_tensors(method)}, **with_state(loss_knobs, state))
+    tensors = {name: two for name in wanted_tensors(method)}
+    METHODS[method](two, two, -two, two < 0, **tensors, **with_state(loss_knobs, state))
     return loss_knobs, rule_knobs, mask_knobs
 
 

@@ -301,7 +301,7 @@ def make_engine(name, model_dir, *, tensor_parallel_size=1, gpu_memory_utilizati
                       gpu_memory_utilization=gpu_memory_utilization, **options)
 
 
-# ---------------------------------------------------------------------------------------------- from problems to a batch
+# --------------------------------------------------------------------------------------------- from problems to a batch
 
 def total(values):
     """Sum of a tensor over ranks, float64."""
@@ -325,7 +325,8 @@ def answer(engine, tokenizer, problems, prompts, seeds, *, n, max_tokens, temper
     """n answers to each problem, sampled, verified and centred within their group: per problem a list of n dicts.
 
     prompts: the problems' token ids; seeds: one each, at least n apart."""
-    ids, log_probs, truncated = engine.generate(prompts, n=n, max_tokens=max_tokens, temperature=temperature, seeds=seeds)
+    ids, log_probs, truncated = engine.generate(
+        prompts, n=n, max_tokens=max_tokens, temperature=temperature, seeds=seeds)
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     rewards = torch.tensor(verify.score([problem for problem in problems for _ in range(n)], texts))
     columns = [ids, log_probs, truncated, rewards.tolist(), group_advantages(rewards, n, adv_norm).tolist(),
@@ -361,14 +362,15 @@ def rollout_batch(engine, tokenizer, problems, prompts, drawn, cfg):
 
 def mix_second_sample(engine, tokenizer, answers, state, cfg):
     """Sample the first quarter of the prompts once more, at state["second_temperature"] times the temperature. Those of
-    advantage > 0.05 get A = 1 and take the place of the first answers, at most state["replaced_rows"] over all ranks. In
-    place; the method is aepo."""
+    advantage > 0.05, at most most_rows over all ranks, and of these taken_share, get A = 1 and take the place of the
+    first answers. In place; the method is aepo."""
     first = answers[:len(answers) // 4:cfg.group_size]
-    groups = answer(engine, tokenizer, [a["problem"] for a in first], [a["prompt"] for a in first], [a["seed"] + 2**61 for a in first],
-                    n=cfg.group_size, max_tokens=cfg.max_response_len, adv_norm=cfg.adv_norm,
-                    temperature=cfg.temperature * state["second_temperature"])
+    groups = answer(engine, tokenizer, [a["problem"] for a in first], [a["prompt"] for a in first],
+                    [a["seed"] + 2**61 for a in first], n=cfg.group_size, max_tokens=cfg.max_response_len,
+                    adv_norm=cfg.adv_norm, temperature=cfg.temperature * state["second_temperature"])
     good = [a for group in groups for a in group if a["advantage"] > 0.05]
-    for row, a in enumerate(good[:int(state["replaced_rows"]) // dist.get_world_size()]):
+    good = good[:int(state["most_rows"]) // dist.get_world_size()]
+    for row, a in enumerate(good[:int(len(good) * state["taken_share"])]):
         a["log_probs"] = [math.nan] * len(a["response"])  # at the other temperature they are, and no engine gap
         answers[row] = a | {"advantage": 1.0}
 
@@ -381,7 +383,8 @@ def evaluate(engine, tokenizer, sets, cfg):
     for name, (problems, prompts) in sets.items():
         mine = range(rank, len(problems), world)
         groups = answer(engine, tokenizer, [problems[i] for i in mine], [prompts[i] for i in mine],
-                        [2**60 + i * n for i in mine], n=n, max_tokens=cfg.max_response_len, temperature=cfg.eval_temperature)
+                        [2**60 + i * n for i in mine], n=n, max_tokens=cfg.max_response_len,
+                        temperature=cfg.eval_temperature)
         right = [round(sum(a["reward"] for a in group)) for group in groups]
         answers = [a for group in groups for a in group]
         sums = {f"pass@{k}": sum(verify.pass_at_k(n, c, k) for c in right) for k in ks}
@@ -399,7 +402,7 @@ def collate(answers, device):
     prompt_lens = torch.tensor([len(a["prompt"]) for a in answers])
     response_lens = torch.tensor([len(a["response"]) for a in answers])
     lengths = prompt_lens + response_lens
-    mask = torch.arange(int(response_lens.max())) < response_lens[:, None]  # from lengths, never ids != pad: pad may be EOS
+    mask = torch.arange(int(response_lens.max())) < response_lens[:, None]  # never ids != pad: pad may be EOS
     ids, log_probs = torch.zeros(len(answers), int(lengths.max()), dtype=torch.long), torch.zeros(mask.shape)
     for i, a in enumerate(answers):
         ids[i, :lengths[i]] = torch.tensor(a["prompt"] + a["response"])

@@ -1,6 +1,7 @@
 """Every test here turns red when the behaviour that it names is taken away: pytest -q test_all.py"""
 import ast
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from fractions import Fraction
 from pathlib import Path
 from unittest.mock import Mock
@@ -37,6 +39,7 @@ import rollout
 import tiny
 import train
 import verify
+from experiments.make_model import make_model
 from losses import METHODS, group_advantages, importance_ratio, k3, ppo_surrogate, scale_gradient, token_covariance, token_mean
 from verify import RULES, Problem, judge_countdown, judge_math, load_problems, outcomes, pass_at_k, render, score
 
@@ -218,17 +221,31 @@ NEUTRAL = {
     "clip_cov": dict(cov_low=1e9, cov_high=2e9, clip_low=0.2, clip_high=0.2),
     "steer": dict(min_weight=1.0, clip_high=0.2, dual_clip=None),
     "par": dict(positive_weight=1.0),
+    "grpo": {}, "aepo": {}, "clip_b": {}, "clip_v": {},  # these act on the batch or on the mask
+    "w_reinforce": dict(positive_weight=2.0),            # where A = 2 on right answers and -1 on wrong ones
+    "entropy_advantage": dict(alpha=0.0), "entropic": dict(alpha=0.0), "dcpo": dict(mix=0.0),
+    "flex_clip": dict(upper_share=0.0, lower_share=0.0), "rand_pos_clip": dict(drop_frac=0.0),
+    "fork_tokens": dict(top_frac=1.0), "adaptive_entropy": dict(entropy_coef=0.0), "aer": dict(alpha=0.0),
+    "siren": dict(coef=0.0, anchor=1.0),
+}
+SWITCHED_ON = {  # by their controllers, that is: their defaults do nothing
+    "entropic": dict(alpha=0.5, confident=0.5), "dcpo": dict(mix=0.3), "aer": dict(alpha=0.1),
+    "siren": dict(anchor=0.5), "flex_clip": dict(upper_share=1.0, lower_share=1.0),
+    "adaptive_entropy": dict(entropy_coef=0.1), "rand_pos_clip": dict(drop_frac=0.5),
 }
 
 
 @pytest.mark.parametrize("method", NEUTRAL)
 def test_switched_off_equals_grpo(method):
     case = random_case(dtype=torch.float32)
+    if method == "w_reinforce":                                        # extras() makes all its rewards positive
+        case = (*case[:2], torch.full_like(case[2], 2.0), case[3])
     loss, gradient, _ = run("grpo", case)
     off_loss, off_gradient, _ = run(method, case, **NEUTRAL[method])
     assert torch.equal(loss, off_loss) and torch.equal(gradient, off_gradient)
-    on_loss, on_gradient, _ = run(method, case)                        # and with its defaults it does something
-    assert not torch.equal(loss, on_loss) or not torch.equal(gradient, on_gradient)
+    if method not in ("grpo", "aepo", "clip_b", "clip_v"):             # and switched on it does something
+        on_loss, on_gradient, _ = run(method, case, **SWITCHED_ON.get(method, {}))
+        assert not torch.equal(loss, on_loss) or not torch.equal(gradient, on_gradient)
 
 
 def test_kl_cov_is_policy_gradient_on_policy_and_not_after():
@@ -373,6 +390,524 @@ def test_parity_with_released_code(case, expected):
     assert torch.isclose(loss, torch.tensor(expected["loss"]), rtol=1e-5)
     gradient = torch.tensor(expected["grad"])
     assert torch.allclose(lp.grad, gradient, rtol=1e-5, atol=1e-5 * gradient.abs().max().item())
+
+
+# ---- every method by hand, on a right answer of four tokens (A = 2) and a wrong one of three (A = -1) ----------------
+
+nan, ln, ln2, HALF = math.nan, math.log, math.log(2), dict(num_tokens=14)
+RATIO, P_OLD = [[1, 1.5, 0.5, 3], [1, 1.5, 0.5]], [[0.4, 0.4, 0.8, 0.2], [0.9, 0.5, 0.4]]
+P, A, ENTROPY = [[0.4, 0.6, 0.4, 0.6], [0.9, 0.75, 0.2]], [[2] * 4, [-1] * 3], [[0.5, 1, 0.25, 4], [0.75, 0.1, 1.5]]
+LOSS, GRAD = [[-2, -2.4, -1, -2.4], [1, 1.5, 0.8]], [[-2, 0, -1, 0], [1, 1.5, 0]]        # GRPO's, per token
+FREE = [[-2, -3, -1, -6], [1, 1.5, 0.5]]                                                  # -A r
+
+
+def table(rows):
+    """(2, 4) float64, nan on padding."""
+    return torch.tensor([[*row, *[nan] * (4 - len(row))] for row in rows], dtype=torch.float64)
+
+
+def each(f, *tables):
+    return [[f(*x) for x in zip(*rows)] for rows in zip(*tables)]
+
+
+MASK, FLAT = ~table(P).isnan(), each(lambda p: 0, P)
+TENSORS = {  # by name. ref: d = -ln 2 at the second token, ln 2 at the last; hot: rho as listed; cold: rho = 4
+    "token_entropy": ENTROPY, "old_token_entropy": ENTROPY, "nucleus_entropy": ENTROPY, "rewards": [[1] * 4, [0] * 3],
+    "group_accuracy": [[0.25] * 4, [0.75] * 3], "ref_log_probs": each(ln, [[0.4, 0.3, 0.4, 0.6], [0.9, 0.75, 0.4]]),
+    "old_hot_log_probs": each(lambda p, rho: ln(p * rho), P_OLD, [[2, 2, 0.5, 1], [9, 9, 9]]),
+    "old_cold_log_probs": each(lambda p: ln(p * 4), P_OLD), "num_sequences": torch.tensor(2)}
+
+
+def exactly(L, method, loss, grad, also=(), steps=(({}, 7), (HALF, 14)), **kwargs):
+    """Loss and gradient of L's method are what was computed by hand per token, before the division by N. also: {tensor:
+    the gradient that it must get}. In the second of the steps half of the tokens are elsewhere. Returns the metrics."""
+    for step, N in steps:
+        inputs = {name: TENSORS[name] for name in L.wanted_tensors(method)} | kwargs | {"log_probs": each(ln, P)}
+        inputs = {k: table(v).requires_grad_() if isinstance(v, list) else v for k, v in inputs.items()}
+        value, metrics = L.METHODS[method](old_log_probs=table(P_OLD).log(), advantages=table(A), response_mask=MASK,
+                                           **inputs | step)
+        value.backward()
+        assert math.isclose(value.item(), sum(map(sum, loss)) / N, rel_tol=1e-9)
+        for name, expected in (dict(also) | {"log_probs": grad}).items():
+            assert torch.allclose(inputs[name].grad[MASK], table(expected)[MASK] / N, rtol=1e-9, atol=1e-12), name
+    return metrics
+
+
+def closed_forms():
+    """(method, loss, gradient, knobs, tensors ...): every row is one calculation by hand."""
+    for method, neutral in NEUTRAL.items():  # switched off it is GRPO, and both clip bounds reach it
+        if "clip_low" in losses.default_knobs(METHODS[method]) and method not in ("ce_gppo", "cispo", "gspo"):
+            yield method, LOSS, GRAD, neutral | dict(clip_low=0.2, clip_high=0.2)
+            yield (method, [[-2, -3, -1, -3.4], [1, 1.5, 0.6]], [[-2, -3, -1, 0], [1, 1.5, 0]],
+                   neutral | dict(clip_low=0.4, clip_high=0.7))
+    for method in ("grpo", "steer"):
+        yield (method, [[-2, -2.4, -1, -2.4], [1, 1.2, 0.8]], [[-2, 0, -1, 0], [1, 0, 0]],
+               NEUTRAL[method] | dict(dual_clip=1.2))
+    yield "clip_higher", [[-2, -2.56, -1, -2.56], LOSS[1]], GRAD, {}
+    for method in ("entropy_bonus", "adaptive_entropy"):
+        yield (method, each(lambda l, H: l - 0.1 * H, LOSS, ENTROPY), GRAD,
+               dict(entropy_coef=0.1, also={"token_entropy": each(lambda p: -0.1, P)}))
+    for estimator, a, da, b, db in (("k3", ln2 - 0.5, 0.5, 1 - ln2, -1), ("k2", ln2**2 / 2, ln2, ln2**2 / 2, -ln2)):
+        yield ("kl_loss", [[-2, -2.4 + 2 * a, -1, -2.4], [1, 1.5, 0.8 + 2 * b]],
+               [[-2, 2 * da, -1, 0], [1, 1.5, 2 * db]], dict(kl_coef=2.0, estimator=estimator))
+    # cov is 0.235 at the second and fourth token, 1.569 at the last, and negative elsewhere.
+    yield "clip_cov", [[-2, -3, -1, -4], [1, 1.5, 0]], [[-2, -3, -1, 0], [1, 1.5, 0]], {}
+    for bounds in (dict(cov_high=1.5), dict(cov_low=1.6)):
+        yield "clip_cov", [[-2, -3, -1, -4], FREE[1]], [[-2, -3, -1, 0], FREE[1]], bounds
+    yield "clip_cov", LOSS, GRAD, dict(cov_low=0.2, cov_frac=1.0, clip_low=0.2, clip_high=0.2)  # clipped already: stay
+    for frac, top in ((0.25, [[0] * 4, [0, 0, 1]]), (0.43, [[0, 1, 0, 1], [0, 0, 1]]), (1e-9, [[0] * 4, [0, 0, 1]])):
+        yield ("kl_cov", each(lambda f, r, i: f + 2 * i * abs(ln(r)), FREE, RATIO, top),
+               each(lambda f, r, i: f + 2 * i * math.copysign(1, r - 1), FREE, RATIO, top),
+               dict(cov_frac=frac, kl_coef=2.0))
+    # H_old = c - log p makes Omega = A r (1 - p) c; its largest here is 1.2, or 0.48 for the theorem's.
+    c, omega = [[1, 1, 0, 0], [1, 1, -1]], [[1.2, 1.2, 0, 0], [0.1, 0.375, 0.4]]
+    for scale, size, options in ((1, each(lambda o: o / 1.2, omega), {}), (1e-3, each(lambda o: o / 20, omega), {}),
+                                 (1, [[1, 0, 0, 0], [0.09 / 0.48, 0.28125 / 0.48, 0]], dict(form="theorem")),
+                                 (1, each(lambda o: o / 1.2, omega), dict(mapping="linear"))):
+        weight = each(lambda s: 1.2 - 0.95 * s if "mapping" in options else 4 ** -s, size)
+        yield ("steer", each(lambda w, l: w * l, weight, [[-2, -2.56, -1, -2.56], LOSS[1]]),
+               each(lambda w, g: w * g, weight, GRAD),
+               dict(min_weight=0.25, old_token_entropy=each(lambda x, p: scale * x - ln(p), c, P), **options))
+    yield "par", [[-0.5, -0.6, -0.25, -0.6], LOSS[1]], [[-0.5, 0, -0.25, 0], GRAD[1]], dict(positive_weight=0.25)
+    for up, down in ((0.5, 0.25), (1.0, 0.0), (0.0, 1.0)):  # the second is PSR, the third NSR
+        rows = [[[up * x / 2 for x in right], [down * x for x in wrong]] for right, wrong in (LOSS, GRAD)]
+        yield "w_reinforce", *rows, dict(positive_weight=up, negative_weight=down)
+    yield "entropy_advantage", [[-2.2, -2.88, -1.05, -3.6], [0.7, 1.44, 0.4]], [[-2.2, 0, -1.05, 0], [0.7, 1.44, 0]], {}
+    yield ("entropy_advantage", [[-2.5, -3, -1.125, -3], [0.75, 1.35, 0.6]], [[-2.5, 0, -1.125, 0], [0.75, 1.35, 0]],
+           dict(alpha=1.0, kappa=4.0))
+    yield ("entropic", [[-2, -2.4, -1.5, -2.4], [0.5, 1.5, 0.8]], [[-2, 0, -1.5, 0], [0.5, 1.5, 0]],
+           dict(alpha=0.5, confident=0.6))  # of the third and the fifth token
+    wrong = [[0.75, 1.125, 0.6], [0.75, 1.125, 0]]
+    yield "dcpo", [[-2, -2.4, -0.8125, -2.1], wrong[0]], [[-2, 0, -0.8125, 0], wrong[1]], dict(mix=0.25, hot=1.0)
+    yield "dcpo", [[-2.5, -3, -1.25, -3], wrong[0]], [[-2.5, 0, -1.25, 0], wrong[1]], dict(mix=0.25, hot=0.0)
+    # flex_clip, p = 0.6 at the upper bounds: 0.35; p = 0.2 at the lower: 0.274; halfway to 0.2 at half a share.
+    on, half = dict(upper_share=1.0, lower_share=1.0), dict(upper_share=0.5, lower_share=0.5)
+    other = on | dict(upper_slope=-0.5, upper_offset=0.7, lower_slope=0.3, lower_offset=0.1)
+    for up, low, knobs in ((0.35, 0.274, on), (0.275, 0.237, half), (0.35, 0.2, dict(upper_share=1.0)),
+                           (0.4, 0.16, other), (0.36, 0.36, on | dict(narrowest=0.36)),
+                           (0.25, 0.25, on | dict(widest=0.25)), (0.2, 0.2, {}), (0.1, 0.1, dict(clip=0.1))):
+        yield "flex_clip", [[-2, -2 - 2 * up, -1, -2 - 2 * up], [1, 1.5, 1 - low]], GRAD, knobs
+    # ce_gppo: outside the clip the value is the clipped one times beta, and the gradient is that bound too.
+    wide = dict(beta_low=0.5, beta_high=2.0, clip_low=0.3, clip_high=0.4)
+    for knobs, rows in ((dict(beta_high=0.5), [[-2, -1.2, -1, -1.2], [1, 1.5, 0.6]]),
+                        (wide, [[-2, -5.6, -1, -5.6], [1, 1.5, 0.35]])):
+        yield "ce_gppo", rows, rows, knobs
+    for knobs, rows in (({}, [[-2, -2.4, -1, -2.4], [1, 1.2, 0.5]]),
+                        (dict(clip_low=0.3, clip_high=0.4), [[-2, -2.8, -1.4, -2.8], [1, 1.4, 0.7]])):
+        yield "cispo", each(lambda g, p: g * ln(p), rows, P), rows, knobs
+    s, w = 2.25 ** (1 / 4), 0.75 ** (1 / 3)  # gspo's ratios, 1.225 and 0.909; one clip for each, then both
+    for up, low, clip in ((s, w, dict(clip_low=0.1, clip_high=0.3)), (1.2, w, dict(clip_low=0.1, clip_high=0.2)),
+                          (s, 0.95, dict(clip_low=0.05, clip_high=0.3)), (1.0004, 0.9997, {})):
+        yield ("gspo", [[-up / 2] * 4, [low / 3] * 3], [[-s / 2 * (up == s)] * 4, [w / 3 * (low == w)] * 3],
+               clip | dict(steps=(({}, 2), (HALF | dict(num_sequences=torch.tensor(4)), 4))))
+    yield "rand_pos_clip", [[0] * 4, LOSS[1]], [[0] * 4, GRAD[1]], dict(drop_frac=1.0)  # N still counts them
+    forks = dict(old_token_entropy=[[3, 0.1, 0.2, 0.3], [0.4, 2, 1]])
+    yield ("fork_tokens", [[-2, 0, 0, 0], [0, 1.5, 0.8]], [[-2, 0, 0, 0], [0, 1.5, 0]],
+           forks | dict(top_frac=7 / 16, steps=(({}, 49 / 16), (HALF, 98 / 16))))
+    yield "fork_tokens", [[-2], [0]], [[-2, 0, 0, 0], [0] * 3], forks | dict(top_frac=1 / 64, steps=(({}, 7 / 64),))
+    yield ("aer", [[l - 0.05 * H for l, H in zip(LOSS[0], ENTROPY[0])], LOSS[1]], GRAD,
+           dict(alpha=0.1, also={"token_entropy": [[-0.05] * 4, [0] * 3]}))  # hard: half the bonus; easy: none
+    yield "aer", LOSS, GRAD, dict(alpha=0.1, hard_below=0.25)
+    yield "siren", LOSS, GRAD, {}
+    for frac, mean, peaks in ((0.2, 2.75, [[0, 0, 0, 1], [0, 0, 1]]), (0.5, 1.8125, [[0, 1, 0, 1], [1, 0, 1]])):
+        slope = 7 * 2 * 0.5 * (mean - 2) / sum(map(sum, peaks))
+        yield ("siren", LOSS + [[7 * 0.5 * (mean - 2) ** 2]], GRAD, dict(
+            anchor=2.0, coef=0.5, peak_frac=frac, also={"nucleus_entropy": each(lambda i: i * slope, peaks)}))
+
+
+def controller_rows():
+    """(method, knobs of its rule, [(entropy, progress, metrics, what the state must hold), ...] batch after batch)."""
+    def rows(method, names, *values, progress=False, **knobs):
+        values = values if progress else [(H, 0, *state) for H, *state in values]
+        return method, knobs, [(H, at, {}, dict(zip(names.split(), state))) for H, at, *state in values]
+
+    yield rows("par", "positive_weight", (0.2, 0.4), (9, 0.8), (9, 1), (0.1, 0.6), (0, 0.2), (0, 0), delta=0.4)
+    yield rows("par", "positive_weight", (9, 0.25, 0), (9, 0.5, 0), (9, 0.75, 0.5), progress=True, schedule="stage")
+    yield rows("par", "positive_weight", (9, 0, 0), (9, 0.4, 0.5), (9, 0.9, 1), epochs=3, progress=True,
+               schedule="epoch")
+    yield rows("par", "positive_weight", (9, 0.7), schedule="constant", positive_weight=0.7)
+    yield rows("entropic", "alpha", (0.3, 0.202), (0.05, -0.05 + 0.01 * 0.15), (5, 1))
+    yield rows("entropic", "alpha integral", (0.5, 0.5, 0.2), (-9, -1, -9.1), target_entropy=0.3, kp=2.0, ki=0.5)
+    for H, right, mix, hot in ((0.45, 0.25, 1 / 6, 1), (0.5, 0.25, 0, 1), (0.9, 0.5, 1 / 6, 0), (0.1, 0.1, 0.5, 1)):
+        yield "dcpo", {}, [(H, 0, {"reward/mean": right}, dict(mix=mix, hot=hot))]
+    yield rows("aepo", "second_temperature taken_share", (0.5, 1.2, 1), (0.51, 0.8, 0.5))
+    yield rows("aepo", "second_temperature", (0.2, 2), (0.4, 0.5), target_entropy=0.3, hot=2.0, cold=0.5)
+    both = "upper_share lower_share"
+    for schedule, upper in (("id", (1, 0.5, 0, 0, 0)), ("did", (0, 0.5, 1, 1, 1))):
+        values = zip([9] * 5, (0, 0.25, 0.5, 0.75, 0.875), upper, (0, 0, 0, 0.5, 0.25))
+        yield rows("flex_clip", both, *values, progress=True, schedule=schedule)
+    # od, H_0 = 1: halfway the line is at 0.6. Between it and the floor at 0.2 the last state stays, at first lowering.
+    yield rows("flex_clip", both, (1, 0, 0, 1), (0.5, 0.5, 0, 1), (0.2, 0.5, 1, 0), (0.5, 0.5, 1, 0), (0.61, 0.5, 0, 1),
+               progress=True, schedule="od")
+    yield rows("adaptive_entropy", "c entropy_coef", (0.1, 1e-4, 1e-4), (0.19, 2e-4, 2e-4), (0.2, 1e-4, 0), (9, 0, 0))
+    yield rows("adaptive_entropy", "c", (0.1, 0.3), (0.1, 0.5), (0.5, 0.2), delta=0.3, max_coef=0.5)
+    yield rows("aer", "alpha first_entropy", (2, 0, 2), (1, 0.003, 2), (1, 0.006, 2), (1.8, 0.005, 2), (9, 0, 2))
+    seen = lambda peak: {"entropy/peak_mean": peak}
+    held = dict(anchor=0.9)
+    yield "siren", {}, [(9, 0, {}, {}), (9, 0, seen(0.9), held), (9, 0, seen(2), held)]
+
+
+def dropped(mask_function, S=FLAT, x=ENTROPY, ranks=1, **knobs):
+    """Flat places that a mask drops, for chosen S = p (log p + H) and x = H sum p^2 + sum p^2 log p - S."""
+    H = each(lambda s, p: s / p - ln(p), S, P)
+    old = dict(log_probs=table(P).log(), token_entropy=table(H), sum_p2=0.5 + 0 * table(P),
+               sum_p2_log_p=table(each(lambda v, s, h: v + s - 0.5 * h, x, S, H)))
+    mask = mask_function(old, table(A), MASK, lambda sums: ranks * sums, **knobs)
+    assert not (mask & ~MASK).any()
+    return (MASK & ~mask).flatten().nonzero().flatten().tolist()
+
+
+def check_masks(L):
+    """clip_b: S = -3.5 in each answer has z = -2.5, 1.58 of its population std (1.46 of the unbiased one).
+    clip_v: x = 8 in each answer, 6 in the wrong one: 2.17 and 1.63 of the std (1.51 for the unbiased one)."""
+    S, x = [[0, 0, 0, -3.5], [0, 0, -3.5]], [[8, 0, 0, 0], [0, 6, 8]]
+    for ranks, mu, expected in ((1, 1.55, [6]), (2, 1.55, [6]), (1, 1.6, []), (1, 2.5, [])):
+        assert dropped(L.clip_b_mask, S, mu=mu, ranks=ranks) == expected
+    assert dropped(L.clip_b_mask, each(lambda s: -s, S), mu=1.5) == []
+    assert dropped(L.clip_b_mask, [[-2, -2, -2, -2], [-2, -2, -2.7]], mu=2.4) == [6]  # the mean is taken off
+    for mu, most, expected in ((1.55, 0.45, [5, 6]), (1.55, 0.3, [5, 6]), (1.55, 0.15, [6]), (1.7, 0.3, [6]),
+                               (2.2, 1, []), (1.55, 1e-4, [])):
+        for other_S in (FLAT, [[0, 3, -3, 0], [3, 0, 1]]):
+            assert dropped(L.clip_v_mask, other_S, x, mu=mu, most_frac=most) == expected
+    assert dropped(L.clip_v_mask, x=each(lambda v: -v, x), mu=1.0, most_frac=1.0) == []
+
+
+def check_draws(L):
+    """Clip-Cov takes any of its three candidates; rand_pos_clip a share of the right answers' tokens."""
+    for count, frac in ((1, 0.25), (2, 0.375)):
+        drawn = set()
+        for seed in range(30):
+            torch.manual_seed(seed)
+            lp = table(P).log().requires_grad_()
+            L.clip_cov(lp, table(P_OLD).log(), table(A), MASK, cov_low=0.2, cov_frac=frac, clip_high=9.0)[0].backward()
+            drawn.add(tuple((lp.grad == 0)[MASK].nonzero().flatten().tolist()))
+        assert len(drawn) == 3 and {len(places) for places in drawn} == {count}
+    lp, sign = torch.full((2, 5000), -1.0, requires_grad=True), torch.tensor([[1.0], [-1.0]]).expand(2, 5000)
+    L.rand_pos_clip(lp, lp.detach(), sign, sign != 0, drop_frac=0.3)[0].backward()
+    assert 0.27 < (lp.grad[0] == 0).float().mean() < 0.33 and (lp.grad[1] != 0).all()
+
+
+def check_shared_lines(L):
+    advantages = L.group_advantages(torch.tensor([1.0, 0, 0, 0, 1, 1]), 3)
+    assert torch.allclose(advantages[:3], torch.tensor([2.0, -1, -1]) / 3**0.5)
+    far, near = torch.tensor([0.0, -99.0, nan]), torch.tensor([-99.0, 0.0, 0.0])
+    assert L.log_ratio(far, near, torch.tensor([True, True, False])).tolist() == [20, -20, 0]
+    metrics = {method: exactly(L, method, *row) for method, *row in (("grpo", LOSS, GRAD), ("flex_clip", LOSS, GRAD))}
+    assert all(math.isclose(m["policy/clip_frac"], 3 / 14, rel_tol=1e-6) for m in metrics.values())
+    knobs = dict(anchor=2.0, coef=0.0, nucleus_entropy=table(ENTROPY), num_tokens=14)
+    peak = L.siren(table(P).log(), table(P_OLD).log(), table(A), MASK, **knobs)[1]["entropy/peak_mean"]
+    assert math.isclose(peak, 2.75 / 2, rel_tol=1e-9)                  # a share of the step: micro-batches add up
+
+
+def check(L, method):
+    """Everything above that is about one method, of a losses.py L."""
+    for name, loss, grad, knobs in closed_forms():
+        if name == method:
+            exactly(L, method, loss, grad, **knobs)
+    for name, knobs, rows in controller_rows():
+        state = {}
+        for H, progress, metrics, expected in rows if name == method else ():
+            state = L.CONTROLLERS[method](state, H, progress, metrics, **knobs)
+            assert {k: state[k] for k in expected} == pytest.approx(expected, abs=1e-12, nan_ok=True)
+    for names, more in ((("clip_b", "clip_v"), check_masks), (("clip_cov", "rand_pos_clip"), check_draws),
+                        (("grpo", "flex_clip", "siren"), check_shared_lines)):
+        if method in names:
+            more(L)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_by_hand(method):
+    assert any(row[0] == method for row in closed_forms())
+    check(losses, method)
+
+
+def test_gradient_of_grpo_but_not_its_value():
+    """CE-GPPO without its betas; on-policy CISPO, and GSPO where all answers are as long."""
+    case = random_case(dtype=torch.float32)
+    loss, gradient, _ = run("grpo", case)
+    off_loss, off_gradient, _ = run("ce_gppo", case, beta_low=0.0, beta_high=0.0)
+    assert torch.equal(gradient, off_gradient) and not torch.equal(loss, off_loss)
+    on_policy = (case[1].clone(), *case[1:3], case[3] | True)
+    gradient, of_cispo, of_gspo = (run(method, on_policy)[1] for method in ("grpo", "cispo", "gspo"))
+    assert torch.equal(gradient, of_cispo) and torch.allclose(gradient, of_gspo, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", losses.MASKS)
+def test_a_huge_mu_keeps_every_token(method):
+    S, x = [[0, 0, 0, -3.5], [0, 0, -3.5]], [[8, 0, 0, 0], [0, 6, 8]]
+    knobs = dict(S=S) if method == "clip_b" else dict(x=x, most_frac=1.0)
+    assert dropped(losses.MASKS[method], mu=0.5, **knobs) and not dropped(losses.MASKS[method], mu=1e9, **knobs)
+
+
+# ---- identities of single methods ------------------------------------------------------------------------------------
+
+def test_flex_clip_bounds_are_the_closed_form():
+    """With p = r pi_old, r = 1 + a p + b at (1 + b) / (1 - a pi_old), r = 1 - a p - b at (1 - b) / (1 + a pi_old)."""
+    for p_old in (0.05, 0.3, 0.7):
+        for sign, r in ((1, 1.5 / (1 + 0.25 * p_old)), (-1, 0.7 / (1 - 0.13 * p_old))):
+            for factor, free in ((1 - sign * 1e-9, True), (1 + sign * 1e-9, False)):
+                old = torch.tensor([[p_old]], dtype=torch.float64).log()
+                lp = (old + ln(r * factor)).requires_grad_()
+                losses.flex_clip(lp, old, torch.full_like(old, sign), old < 0, upper_share=1.0, lower_share=1.0,
+                                 narrowest=-9.0, widest=9.0)[0].backward()
+                assert (lp.grad != 0) == free
+
+
+def test_gspo_does_not_see_the_length():
+    """An answer whose tokens are all repeated has the same loss, and the same gradient in total."""
+    case = random_case(spread=2e-3)
+    case = (*case[:3], case[3] | True)
+    (loss, gradient, _), (long_loss, long_gradient, _) = (
+        run("gspo", [x.detach().repeat_interleave(k, dim=1) for x in case]) for k in (1, 3))
+    assert torch.isclose(loss, long_loss, rtol=1e-12)
+    assert torch.allclose(gradient.sum(1), long_gradient.sum(1), rtol=1e-9)
+    assert 0 < (gradient.sum(1) != 0).sum() < len(gradient)            # some answers are clipped, as a whole
+
+
+# ---- which way one real step moves the entropy: random softmaxes, all actions enumerated -----------------------------
+
+def entropies_after(z, right, *terms):
+    """Entropy (n,) of softmaxes with logits z (n, V) after a small step on the expected loss.
+    Each of terms: (method, probabilities (n, V) of drawing the actions, advantages or None for GRPO's, kwargs)."""
+    z = z.clone().requires_grad_()
+    logp, p = torch.log_softmax(z, 1), torch.softmax(z.detach(), 1)
+    accuracy = (p * right).sum(1, keepdim=True)
+    centred = (right - accuracy) / (accuracy * (1 - accuracy)).sqrt()
+    for method, drawn, advantages, kwargs in terms:
+        METHODS[method](scale_gradient(logp, drawn), logp.detach(), centred if advantages is None else advantages,
+                        p > -1, num_tokens=1, **kwargs)[0].backward(retain_graph=True)
+    logp = torch.log_softmax(z.detach() - 1e-3 * z.grad, 1)
+    return -(logp.exp() * logp).sum(1)
+
+
+def softmaxes(share_right, confident=False, n=1000, V=16):
+    g = torch.Generator().manual_seed(0)
+    z, right = 2 * torch.randn(n, V, generator=g).double(), (torch.rand(n, V, generator=g) < share_right).double()
+    z[:, 0] += 12 if confident else 0
+    p = torch.softmax(z, 1)
+    mixed = ((p * right).sum(1) - 0.5).abs() < 0.5 - 1e-9
+    return z[mixed], right[mixed], p[mixed]
+
+
+def test_entropic_steers_every_confident_softmax():
+    """Above the target each confident softmax ends lower than after GRPO's step, below it higher: no exception."""
+    z, right, p = softmaxes(0.5, confident=True)
+    sure = p[:, 0] > 0.95
+    assert sure.sum() > 800
+    plain = entropies_after(z, right, ("grpo", p, None, {}))
+    for entropy, sign in ((0.5, -1), (0.02, 1)):
+        alpha = losses.entropic_alpha({}, entropy, 0.0, {})["alpha"]
+        moved = entropies_after(z, right, ("entropic", p, None, dict(alpha=alpha))) - plain
+        assert (sign * moved[sure] > 0).all()
+
+
+def test_aepo_steers_the_mean_of_softmaxes():
+    """Its second term is E_{o ~ pi^T}[grad log pi(o) R]. Added to GRPO's step, T = 1.2 raises the entropy and T = 0.8
+    lowers it in the mean over random softmaxes, but not in each: hot, 85, 61 and 90 % rise (with 10, 50, 90 % of the
+    actions right); cold, only 15, 51 and 85 % fall, since learning from right actions has an effect of its own.
+    Against this same term at T = 1 it holds in 97 % and more."""
+    for share_right in (0.1, 0.5, 0.9):
+        z, right, p = softmaxes(share_right)
+        plain, after = entropies_after(z, right, ("grpo", p, None, {})), {}
+        for T in (1.2, 1.0, 0.8):
+            after[T] = entropies_after(z, right, ("grpo", p, None, {}), ("aepo", torch.softmax(z / T, 1), right, {}))
+        for entropy, sign in ((0.4, 1), (0.6, -1)):                    # below the target, above it
+            T = losses.aepo_temperature({}, entropy, 0.0, {})["second_temperature"]
+            assert sign * (after[T] - plain).mean() > 0
+            assert (sign * (after[T] - after[1.0]) > 0).double().mean() > 0.95
+    leaf = z.clone().requires_grad_()
+    estimator, = torch.autograd.grad((torch.softmax(z / 1.2, 1) * right * torch.log_softmax(leaf, 1)).sum(), leaf)
+    lp = torch.log_softmax(leaf, 1)
+    losses.aepo(scale_gradient(lp, torch.softmax(z / 1.2, 1)), lp.detach(), right, p > 0, num_tokens=1)[0].backward()
+    assert torch.allclose(-leaf.grad, estimator, rtol=1e-9, atol=1e-12)
+
+
+def test_dcpo_steers_only_against_its_own_term():
+    """The hot term leaves the entropy above, the cold one below the same step at T = 1 (rho = 1), in 97 % and more.
+    Against GRPO's step only the mean effect of the cold one has its sign everywhere: with 10 % of the actions right the
+    hot one lowers the entropy too, in the mean and in 85 % of the softmaxes; with 90 % right it does raise it."""
+    for share_right in (0.1, 0.5, 0.9):
+        z, right, p = softmaxes(share_right)
+        logp, (hot, cold) = p.log(), (torch.log_softmax(z / T, 1) for T in (1.2, 0.8))
+        step = lambda hot, cold, heat: entropies_after(z, right, ("dcpo", p, None, dict(
+            rewards=right, old_hot_log_probs=hot, old_cold_log_probs=cold, mix=0.1, hot=heat)))
+        plain, at_one = entropies_after(z, right, ("grpo", p, None, {})), step(logp, logp, 1.0)
+        means = []
+        for entropy, sign in ((0.4, 1), (0.6, -1)):
+            after = step(hot, cold, losses.dcpo_mix({}, entropy, 0.0, {"reward/mean": 0.5})["hot"])
+            assert (sign * (after - at_one) > 0).double().mean() > 0.95
+            means.append((after - plain).mean())
+        assert means[1] < 0 and (share_right == 0.5 or (means[0] > 0) == (share_right == 0.9))
+
+
+# ---- controllers and aepo's second sample ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("method, knobs", [(m, {}) for m in losses.CONTROLLERS] + [("flex_clip", dict(schedule="od"))])
+def test_a_controller_goes_on_after_a_round_trip(method, knobs):
+    peaks = [{}] + [{"entropy/peak_mean": 1 / i} for i in range(1, 12)]  # nothing was updated before the first batch
+    batches = [(0.5 + 0.4 * math.cos(i), i / 12, {"reward/mean": 0.1 + i / 20} | peaks[i]) for i in range(12)]
+    one, two = (losses.Controller(losses.CONTROLLERS[method], knobs) for _ in range(2))
+    for i, batch in enumerate(batches):
+        one.update(*batch)
+        two.update(*batch)
+        buffer = io.BytesIO()
+        torch.save(two.state_dict(), buffer)
+        buffer.seek(0)
+        two = losses.Controller(losses.CONTROLLERS[method], knobs)
+        two.load_state_dict(json.loads(json.dumps(torch.load(buffer, weights_only=True))))
+        assert json.dumps(one.state) == json.dumps(two.state)          # as text, where nan equals nan
+        assert all(type(value) in (int, float) for value in one.state.values())
+    one.state_dict().clear()
+    assert one.state                                                   # a copy, not the state itself
+
+
+def second_sample(monkeypatch, state, ranks=1, prompts=8):
+    """Answers, groups of 4, before and after mixing, and what the engine was asked for. Half of each group is good."""
+    made, asked = lambda name, i, seed: dict(problem=name, prompt=[1], seed=seed, response=[i], log_probs=[-1.0],
+                                             advantage=(0.05, 0.06, -1.0, 0.9)[i], reward=1.0), {}
+
+    def answer(engine, tokenizer, problems, prompts, seeds, **options):
+        asked.update(options, problems=problems, seeds=seeds)
+        return [[made("second " + name, i, seed) for i in range(4)] for name, seed in zip(problems, seeds)]
+
+    monkeypatch.setattr(rollout, "answer", answer)
+    monkeypatch.setattr(rollout.dist, "get_world_size", lambda: ranks)
+    before = [made(f"problem {g}", i, 4 * g) for g in range(prompts) for i in range(4)]
+    after = list(before)
+    cfg = types.SimpleNamespace(group_size=4, max_response_len=9, adv_norm="std", temperature=0.7)
+    rollout.mix_second_sample(None, None, after, state, cfg)
+    return before, after, asked
+
+
+def test_second_sample_takes_the_first_rows(monkeypatch):
+    for rows, ranks, replaced in ((60, 1, 4), (3, 1, 3), (6, 2, 3), (0, 1, 0)):
+        before, after, asked = second_sample(monkeypatch, dict(second_temperature=1.2, most_rows=rows, taken_share=1.0), ranks)
+        assert asked["problems"] == ["problem 0", "problem 1"] and asked["n"] == 4 and asked["max_tokens"] == 9
+        seeds = {a["seed"] + i for a in before for i in range(4)}
+        assert len({*asked["seeds"]}) == 2 and not seeds & {*asked["seeds"]} and asked["temperature"] == 0.7 * 1.2
+        assert [a is b for a, b in zip(before, after)] == [False] * replaced + [True] * (32 - replaced)
+        for new, place in zip(after[:replaced], (1, 3, 1, 3)):         # advantage over 0.05: the second and the fourth
+            assert new["problem"].startswith("second") and new["response"] == [place] and new["advantage"] == 1.0
+            assert all(map(math.isnan, new["log_probs"]))
+
+
+def test_above_the_target_aepo_replaces_half_of_what_it_kept(monkeypatch):
+    for entropy, replaced in ((0.4, 4), (0.6, 2)):
+        before, after, _ = second_sample(monkeypatch, losses.aepo_temperature({}, entropy, 0.0, {}))
+        assert sum(a is not b for a, b in zip(before, after)) == replaced
+
+
+# ---- mutants: one line of losses.py changed, and test_by_hand turns red ----------------------------------------------
+
+MUTANTS = {  # method: (text that stands once in the code of its functions, what replaces it)
+    "grpo": [(".sum() / count", ".sum() / response_mask.numel()"),
+        ("count = response_mask.sum() if num_tokens is None else num_tokens", "count = response_mask.sum()"),
+        ("groups.std(dim=1, keepdim=True)", "groups.std(dim=1, keepdim=True, unbiased=False)"),
+        ("(1.0 - clip_low, 1.0 + clip_high)", "(1.0 - clip_high, 1.0 + clip_low)"),
+        ("log_probs - old_log_probs, 0.0", "old_log_probs - log_probs, 0.0"), ("clamp(-20.0, 20.0)", "clamp(-20.0)"),
+        ("clip_low, clip_high, dual_clip)", "clip_low, clip_high)"), ("torch.maximum(free", "torch.minimum(free"),
+        ("(advantages < 0) & (token", "(advantages > 0) & (token"), ("bounded > free", "bounded >= free")],
+    "clip_higher": [("clip_high=0.28", "clip_high=0.2"),
+        ("clip_low=clip_low, clip_high=clip_high", "clip_low=clip_high, clip_high=clip_high")],
+    "entropy_bonus": [("loss - entropy_coef", "loss + entropy_coef"),
+        ("token_mean(token_entropy, response_mask, num_tokens)", "token_mean(token_entropy, response_mask)"),
+        ("token_mean(token_entropy,", "token_mean(token_entropy.detach(),")],
+    "kl_loss": [("loss + kl_coef", "loss - kl_coef"), (".square() / 2", ".square()"),
+        ("k3(log_probs, ref_log_probs, response_mask)", "k3(ref_log_probs, log_probs, response_mask)"),
+        ('if estimator == "k3" else', 'if estimator != "k3" else'), ("d.exp() - 1.0 - d", "d.exp() - 1.0 + d")],
+    "clip_cov": [("torch.randperm(", "torch.arange("), ("(cov < cov_high)", "(cov < 5.0)"),
+        ("int(cov_frac * int(response_mask.sum()))", "int(cov_frac * response_mask.numel())"),
+        ("centred_log_probs * centred_advantages", "log_probs * centred_advantages"),
+        ("response_mask & ~clipped & (cov", "response_mask & (cov"), ("(cov > cov_low)", "(cov < cov_low)")],
+    "kl_cov": [("cov.flatten().topk(count)", "cov.flatten().topk(count, largest=False)"),
+        ("-advantages * log_r.exp()", "-advantages * log_r.exp().clamp(0.0, 2.0)"),
+        ("max(1, int(cov_frac", "max(0, int(cov_frac"), ("kl_coef * log_r.abs()", "kl_coef * log_r")],
+    "steer": [("clip_low, clip_high, dual_clip)", "clip_low, clip_high)"),
+        ("where(clipped, 0.0, omega * p)", "where(clipped, omega * p, omega * p)"), ("high.clamp(min=0.02)", "high"),
+        ("log_probs + old_token_entropy)", "log_probs - old_token_entropy)"), ("(1.0 - p) *", "p *"),
+        ("(size - low) / (high - low)", "(high - size) / (high - low)")],
+    "par": [("max(epochs - 1, 1)", "epochs"),
+        ("-delta if entropy < target_entropy else delta", "delta if entropy < target_entropy else -delta"),
+        ("advantages > 0, positive_weight", "advantages < 0, positive_weight"), ("2.0 * progress - 1.0", "progress"),
+        ("positive_weight * advantages", "positive_weight"), ("+ step, 0.0), 1.0)", "+ step, 0.0), 9.0)")],
+    "w_reinforce": [("positive_weight, -negative_weight)", "positive_weight, -1.0)"),
+        ("rewards > 0, positive_weight", "rewards > 1, positive_weight"), ("-negative_weight)", "negative_weight)")],
+    "entropy_advantage": [("advantages.abs() / kappa", "advantages / kappa"), ("torch.minimum(", "torch.maximum("),
+        ("advantages + torch.minimum", "advantages - torch.minimum"), ("advantages.abs() / kappa", "advantages.abs()")],
+    "entropic": [("1.0 + alpha", "1.0 - alpha"), ("-1.0), 1.0)", "-1.0), 9.0)"),
+        ("error = entropy - target_entropy", "error = target_entropy - entropy"), ("ki * integral", "ki * error"),
+        ("old_log_probs.exp() > confident", "old_log_probs.exp() < confident"), ("alpha * advantages.sign()", "alpha")],
+    "dcpo": [("mix * (rewards > 0) * rho", "mix * rho"),
+        ("(tempered, old_log_probs, response_mask)", "(old_log_probs, tempered, response_mask)"),
+        ("old_hot_log_probs if hot else old_cold_log_probs", "old_hot_log_probs"), ("a0 / (1.0 + a0)", "a0"),
+        ("entropy <= target_entropy", "entropy > target_entropy"), ("(1.0 - mix) * advantages", "advantages")],
+    "aepo": [("clip_low=clip_low, clip_high=clip_high", "clip_low=clip_high, clip_high=clip_high"),
+        ("entropy <= target_entropy", "entropy < target_entropy"), ("hot if low else cold", "cold if low else hot"),
+        ("1.0 if low else 0.5", "0.5 if low else 1.0")],
+    "flex_clip": [("clip + lower_share * (lower - clip)", "clip"),
+        ("(lower_slope * p + lower_offset)", "(upper_slope * p + upper_offset)"), ("entropy <= low", "entropy < low"),
+        ("1.0 - lam if first_half else 1.0", "lam if first_half else 1.0"), ('state.get("upper_share", 0.0)', "0.0"),
+        ("clip + upper_share * (upper - clip)", "upper_share * upper"),
+        ('lam if first_half else 0.0, "lower', 'lam, "lower'), ("upper_slope * p + upper_offset", "upper_offset")],
+    "ce_gppo": [("(advantages < 0)", "(advantages > 0)"), ("ratio / ratio.detach()", "ratio"),
+        ("beta_low * (1.0 - clip_low)", "(1.0 - clip_low)"), ("beta_high * (1.0 + clip_high)", "beta_high")],
+    "cispo": [("1.0 - clip_low", "1.0 - clip_high"),
+        ("-bounded * advantages", "-weight * advantages"), ("response_mask).detach()", "response_mask)")],
+    "gspo": [
+        ("lengths, response_mask, num_sequences)", "lengths, response_mask, num_tokens)"), ("log_s.detach()", "log_s"),
+        ("log_r.sum(1, keepdim=True) / lengths", "log_r.sum(1, keepdim=True)"), ("token_loss / lengths", "token_loss")],
+    "rand_pos_clip": [
+        ("(advantages > 0)", "(advantages < 0)"), (") < drop_frac)", ") > drop_frac)"), ("(advantages > 0) & (", "(")],
+    "fork_tokens": [("max(1, int(top_frac", "max(0, int(top_frac"), ("tokens = top_frac * (", "tokens = ("),
+        ("advantages, forks,", "advantages, response_mask,"), (".topk(count)", ".topk(count, largest=False)")],
+    "clip_b": [("-mu * std", "mu * std"), ("S - mean <", "S <"),
+        ("second / count", "second / (count - 1)"), ("(advantages < 0) & (S", "(S"), ("log_p + old", "log_p - old")],
+    "clip_v": [
+        ("x.topk(int(most_frac * int(response_mask.sum())))", "x.topk(len(x))"), ("(advantages < 0) & (x", "(x"),
+        ("- log_p.exp() * (log_p + H)", "- log_p.exp() * log_p"), ("x > mu * std", "x > mu"), ("H * old", "old")],
+    "adaptive_entropy": [("0.0), max_coef)", "0.0), 5e-3)"), ("c if low else 0.0", "c"),
+        ("delta if low else -delta", "-delta if low else delta"), ("entropy_coef=entropy_coef", "entropy_coef=0.0")],
+    "aer": [("(hard_below - group_accuracy)", "(group_accuracy - hard_below)"),
+        ("target_ratio * first - entropy", "entropy - target_ratio * first"), ("loss - alpha", "loss + alpha"),
+        (".clamp(min=0.0) / hard_below", ".clamp(min=0.0)"), ('state.get("first_entropy", entropy)', "entropy")],
+    "siren": [("mean - anchor", "mean"), ("coef * share", "coef"),
+        ("if anchor is None else {", "if anchor is not None else {"), ("share * mean.detach()}", "mean.detach()}"),
+        ("torch.ceil(peak_frac", "torch.floor(peak_frac"), ("descending=True", "descending=False")],
+}
+SHARED = {"grpo": ["group_advantages", "log_ratio", "ppo_surrogate", "token_mean"], "kl_loss": ["k3"],
+          "clip_cov": ["token_covariance"], "clip_b": ["batch_mean_std"]}
+
+
+def mutated(method, old, new):
+    """losses.py as a module, with one line of one method's functions changed."""
+    source = Path(losses.__file__).read_text()
+    names = [f.__name__ for functions in (METHODS, losses.CONTROLLERS, losses.MASKS) if (f := functions.get(method))]
+    lines, places = source.splitlines(), []
+    for node in ast.parse(source).body:
+        if getattr(node, "name", None) in names + SHARED.get(method, []):
+            code = set(range(node.lineno - 1, node.end_lineno))
+            if ast.get_docstring(node):
+                code -= set(range(node.body[0].lineno - 1, node.body[0].end_lineno))
+            places += [n for n in code for _ in range(lines[n].count(old))]
+    assert len(places) == 1, f"{method}: {old!r} stands {len(places)} times in {names}"
+    lines[places[0]] = lines[places[0]].replace(old, new)
+    module = types.ModuleType("mutant")
+    exec(compile("\n".join(lines), "mutant", "exec"), module.__dict__)
+    return module
+
+
+def test_every_mutant_is_killed():
+    assert MUTANTS.keys() == METHODS.keys() and min(map(len, MUTANTS.values())) >= 2
+    alive = []
+    for method, old, new in ((method, *pair) for method, pairs in MUTANTS.items() for pair in pairs):
+        mutant = mutated(method, old, new)
+        try:
+            check(mutant, method)
+            alive.append((method, old, new))
+        except Exception:                                              # an AssertionError, or no gradient at all
+            pass
+    assert not alive
+    print(sum(map(len, MUTANTS.values())), "mutants of", len(MUTANTS), "methods, all killed")
 
 
 # ---- knobs ------------------------------------------------------------------------------------------------------------
@@ -900,7 +1435,7 @@ def vllm_rank(folder, tp):
     engine.close()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed: .ci/run installs it")
 def test_vllm_under_torchrun(tmp_path):
     """World 1, two data-parallel FSDP2 ranks, two tensor-parallel ranks: the trainer's log-probs, and equal answers."""
     answers = []
@@ -1107,12 +1642,13 @@ def test_every_method_runs_two_steps(method, toy, tmp_path):
     assert len(rows) == 3 and all(math.isfinite(row["train/loss"]) and row["train/skipped"] == 0 for row in rows[1:])
 
 
-def test_resume_is_bit_for_bit(toy, tmp_path):
-    args = ("--method", "par", "--knobs", "delta=0.2", "--dynamic_sampling")
+@pytest.mark.parametrize("method", ["par", "siren", "adaptive_entropy"])
+def test_resume_is_bit_for_bit(method, toy, tmp_path):
+    args = ("--method", method, "--dynamic_sampling", "--eval_every", "1", "--save_every", "1")
     whole = toy_run(toy, tmp_path, "whole", *args, "--steps", "4")
-    toy_run(toy, tmp_path, "parts", *args, "--steps", "2")
+    toy_run(toy, tmp_path, "parts", *args, "--steps", "1")
     with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:       # as if it had gone on after its last checkpoint
-        file.write(json.dumps({"step": 3, "reward/mean": 99.0}) + "\n")
+        file.write(json.dumps({"step": 2, "reward/mean": 99.0}) + "\n")
     parts = toy_run(toy, tmp_path, "parts", *args, "--steps", "4", "--resume")
     assert without_times(parts) == without_times(whole)
     assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "parts").values(), weights(tmp_path / "whole").values()))
@@ -1228,20 +1764,54 @@ def test_warnings_name_the_cause_and_the_flag(toy, tmp_path, capsys):
     assert "kl_cov with --updates_per_rollout 1" in text and "raise --max_response_len" in text
 
 
+def test_help_fits_two_screens(capsys):
+    with pytest.raises(SystemExit):
+        train.parse(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 70 and any("--lr " in line and "0.0001" in line for line in lines)  # tiny's defaults are shown
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_real_schemas_go_through_every_part(chat, tmp_path):
+    """Problems in verl's schema, a model with a byte-level BPE tokenizer trained on them, with and without a chat template."""
+    problems = [{"prompt": [{"role": "user", "content": f"What is ${i}+{j}$? Answer: $Answer"}], "data_source": "math",
+                 "reward_model": {"ground_truth": str(i + j), "style": "rule"}} for i in range(5) for j in range(5)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    make_model(tmp_path / "sums.jsonl", tmp_path / "model", vocab_size=300, chat=chat)
+    train.main(["--model", f"{tmp_path}/model", "--data", f"{tmp_path}/sums.jsonl", "--out", str(tmp_path), "--name", "sums", "--steps", "1",
+                "--prompts_per_step", "4", "--group_size", "2", "--updates_per_rollout", "2", "--max_prompt_len", "60",
+                "--max_response_len", "8", "--method", "clip_cov"])
+    row, = entropy.read_metrics(tmp_path / "sums")
+    assert sum(row[f"verify/{verdict}"] for verdict in verify.VERDICTS) == 8 and math.isfinite(row["train/grad_norm"])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed: .ci/run installs it")
+def test_train_with_vllm_under_torchrun(toy, tmp_path):
+    """FSDP2 on two ranks, weights pushed into vLLM after every step: were they stale, the gap would show it."""
+    random_model(hidden=64).save_pretrained(tmp_path / "model")
+    tiny.make_tokenizer().save_pretrained(tmp_path / "model")
+    args = toy_args(toy, tmp_path, "vllm", "--model", f"{tmp_path}/model", "--engine", "vllm", "--parallel", "fsdp", "--steps", "3",
+                    "--method", "kl_cov", "--lr", "1e-2")
+    assert (result := torchrun(2, args, timeout=300)).returncode == 0, result.stderr[-4000:]
+    rows = entropy.read_metrics(tmp_path / "vllm")
+    assert len(rows) == 4 and all(row["rollout/gap_max"] < 1e-4 for row in rows[1:])
+
+
 def readme_commands():
+    """(environment of torchrun, words after train.py) of every train.py command in the README."""
     blocks = (HERE / "README.md").read_text().split("```")[1::2]
-    return [line.strip() for block in blocks for line in block.splitlines() if "train.py --" in line]
+    lines = [part for block in blocks for line in block.replace("\\\n", " ").splitlines() for part in line.split("#")[0].split("&&")]
+    return [" ".join(line.split()) for line in lines if "train.py --" in line]
 
 
 @pytest.mark.parametrize("command", readme_commands())
 def test_every_command_of_the_readme_parses(command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "resolve_engine", lambda name, tp: name)
-    words = shlex.split(command.split("#")[0])
-    processes = [words[i + 1] for i, word in enumerate(words) if word in ("--nproc-per-node", "--nnodes")]
-    monkeypatch.setenv("WORLD_SIZE", str(math.prod(map(int, processes))))
-        args = words[words.index("train.py") + 1:]
-    train.parse([a for a in args if a != "--resume"])
+    words = shlex.split(command)
+    processes = [int(words[i + 1]) for i, word in enumerate(words) if word in ("--nproc-per-node", "--nnodes")]
+    monkeypatch.setenv("WORLD_SIZE", str(math.prod(processes)))
+    train.parse([word for word in words[words.index("train.py") + 1:] if word != "--resume"])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """Train a language model with verifiable rewards and any of the METHODS of losses.py, and watch its entropy.
 
 A step: 1 sample answers from the current policy - 2 verify them, centre the rewards within each group - 3 old_log_probs,
-and the gap to what the engine said - 4 updates_per_rollout optimizer steps - 5 push the weights to the engine - 6 log,
-evaluate, checkpoint. Left out of GRPO as first published: the KL to a reference (--method kl_loss has it) and the mean
-over each answer before the mean over answers (a token mean instead).
+the gap to the engine's - 4 updates_per_rollout optimizer steps - 5 push the weights - 6 log, evaluate, checkpoint.
+Left out of GRPO as first published: the KL to a reference (see kl_loss), the mean per answer before the mean of answers.
 
 Shapes: P prompts a step over all ranks, G answers each, B answers on this rank, T response tokens of the longest.
 """
@@ -31,15 +30,14 @@ from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 
 import tiny
 import verify
-from entropy import (MICROSCOPE, STATISTICS, RunLog, build_policy, check_folder, checkpoints, measure, score,
-                     score_all)
+from entropy import MICROSCOPE, STATISTICS, RunLog, build_policy, check_folder, checkpoints, measure, score, score_all
 from losses import (CONTROLLERS, IDLE_WITH_ONE_UPDATE, MASKS, METHODS, REFUSED, Controller, k3, log_ratio, parse_knobs,
                     scale_gradient, token_mean, wanted_tensors, with_state)
 from rollout import (collate, evaluate, full_tensors, gap_metrics, make_engine, micro_batches, mix_second_sample,
                      resolve_engine, reward_metrics, rollout_batch, total)
 
 
-# ---- configuration ----------------------------------------------------------------------------------------------------
+# ---- configuration ---------------------------------------------------------------------------------------------------
 
 def flag(default, help):
     if isinstance(default, list):
@@ -106,7 +104,8 @@ class Run:
     overwrite: bool = flag(False, "delete an earlier run of that name")
 
 
-MAY_BE_ZERO = {"num_prompts", "max_resample", "tis_cap", "steps", "warmup_updates", "weight_decay", "eval_prompts", "seed"}
+MAY_BE_ZERO = {"num_prompts", "max_resample", "tis_cap", "steps", "warmup_updates", "weight_decay", "eval_prompts",
+               "seed"}
 CHOICES = {"parallel": ("ddp", "fsdp"), "dtype": ("auto", "float32", "bfloat16"), "adv_norm": ("std", "none")}
 
 
@@ -131,7 +130,7 @@ def clear_errors():
 
 def parse(argv):
     """The command line as one checked namespace; ValueError with one clear line on bad input."""
-    parser = HfArgumentParser([Data, Method, Training, Run], prog="train.py", usage="train.py --method METHOD [options]",
+    parser = HfArgumentParser([Data, Method, Training, Run], usage="train.py --method METHOD [options]",
                               description=__doc__.splitlines()[0], formatter_class=OneLine, allow_abbrev=False)
     if parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].model == "tiny":
         parser.set_defaults(**tiny.DEFAULTS)
@@ -159,7 +158,7 @@ def parse(argv):
     return cfg
 
 
-# ---- update, checkpoint ------------------------------------------------------------------------------------------------
+# ---- update, checkpoint ----------------------------------------------------------------------------------------------
 
 def update(trained, optimizer, batch, tensors, rows, knobs, cfg):
     """Stage 4: one optimizer step on some rows of the batch; {metric: float} over all ranks, None if loss or gradient
@@ -217,7 +216,7 @@ def save_checkpoint(folder, policy, optimizer, tokenizer, state, keep):
     dist.barrier()
 
 
-# ---- the program ------------------------------------------------------------------------------------------------------
+# ---- the program -----------------------------------------------------------------------------------------------------
 
 def main(argv=None):
     with clear_errors():
@@ -234,9 +233,8 @@ def main(argv=None):
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     rank, folder = dist.get_rank(), Path(cfg.out, cfg.name)
 
-    # The embedded base is made by one rank, once; the others wait, then find it.
     if cfg.model == "tiny" and rank == 0:
-        tiny.base_model()
+        tiny.base_model()  # made once; the other ranks wait, then find it
     dist.barrier()
     base = tiny.base_model() if cfg.model == "tiny" else cfg.model
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -245,13 +243,13 @@ def main(argv=None):
         eval_sets = {name: verify.render_all({name: one_set[:cfg.eval_prompts or None]}, tokenizer, cfg.max_prompt_len)
                      for name, one_set in eval_sets.items()}
 
-    # Weights, optimizer, controller, counters: everything that --resume needs. Random draws depend on seed and step only.
+    # Weights, optimizer, controller, counters: all that --resume needs. Random draws depend on seed and step only.
     start = checkpoints(folder)[-1] if cfg.resume else None
     policy = build_policy(start or base, cfg, device, dtype)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.95))
     loss_knobs, rule_knobs, mask_knobs = parse_knobs(cfg.method, cfg.knobs)
     controller = Controller(CONTROLLERS.get(cfg.method), rule_knobs)
-    state = {"step": 0, "drawn": 0, "updates": 0, "controller": {}}
+    state = {"step": 0, "drawn": 0, "updates": 0, "controller": {}, "means": {}}
     if start:
         state = torch.load(start / "trainer_state.pt", weights_only=True)
         whole = StateDictOptions(full_state_dict=True)
@@ -276,10 +274,10 @@ def main(argv=None):
         run_log.warn(f"{cfg.method} with --updates_per_rollout 1", IDLE_WITH_ONE_UPDATE[cfg.method])
     if eval_sets and not start:
         run_log.write({"step": 0} | evaluate(engine, tokenizer, eval_sets, cfg))
-    failures, means = 0, {}
+    failures = 0
 
     for step in range(state["step"] + 1, cfg.steps + 1):
-        torch.manual_seed(hash((cfg.seed, step, rank)) % 2 ** 63)  # what a method draws at random, the same after --resume
+        torch.manual_seed(hash((cfg.seed, step, rank)) % 2 ** 63)  # a method's random draws, the same after --resume
         clock = [time.perf_counter()]
 
         # ---- 1 sample · 2 verify and centre per group
@@ -301,8 +299,10 @@ def main(argv=None):
             tensors |= {f"ref_{name}": values for name, values in ref.items()}
         batch_of = (old, batch["advantages"], batch["response_mask"], total)
         metrics = of_answers | gap_metrics(batch, old["log_probs"]) | measure(*batch_of)
-        controller.update(metrics["entropy/response_mean"], (step - 1) / cfg.steps, means | metrics)
-        batch["loss_mask"] = MASKS[cfg.method](*batch_of, **mask_knobs) if cfg.method in MASKS else batch["response_mask"]
+        controller.update(metrics["entropy/response_mean"], (step - 1) / cfg.steps, state["means"] | metrics)
+        batch["loss_mask"] = batch["response_mask"]  # the tokens that the updates learn from
+        if cfg.method in MASKS:
+            batch["loss_mask"] = MASKS[cfg.method](*batch_of, **mask_knobs)
         clock.append(time.perf_counter())
 
         # ---- 4 optimizer steps
@@ -326,8 +326,8 @@ def main(argv=None):
         # ---- 6 log, evaluate, checkpoint
         state["step"] = step
         taken = [m for m in updates if m]
-        means = {name: sum(m[name] for m in taken) / len(taken) for name in (taken[0] if taken else ())}
-        metrics = {"step": step, **metrics, **means,
+        state["means"] = {name: sum(m[name] for m in taken) / len(taken) for name in (taken[0] if taken else ())}
+        metrics = {"step": step, **metrics, **state["means"],
                    **{f"controller/{name}": value for name, value in controller.state.items()},
                    **{f"verify/{name}": count for name, count in zip(verify.VERDICTS, verdicts)},
                    "train/skipped": len(updates) - len(taken), "train/lr": optimizer.param_groups[0]["lr"]}

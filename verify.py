@@ -128,7 +128,8 @@ def _problem(row, rule):
 
 
 def load_sets(names, split):
-    """{name: problems} of several sets, by load_problems; the word countdown stands for tiny.py's problems of that split."""
+    """{name: problems} of several sets, by load_problems; the word countdown stands for tiny.py's problems of that
+    split."""
     import tiny                          # here, as it imports this file
     return {Path(name).stem: tiny.problems(split, tiny.PROBLEMS[split]) if name == "countdown" else load_problems(name)
             for name in names}
@@ -148,8 +149,8 @@ def render(problem, tokenizer):
 def render_all(sets, tokenizer, max_prompt_len, count=0, seed=0):
     """The problems of several sets {name: problems}, and their prompts' token ids: two lists.
 
-    count: that many of them only, the first of one list shuffled by the seed, so that smaller subsets lie in larger ones;
-    0: all, in order. ValueError if a prompt is longer than max_prompt_len tokens."""
+    count: that many of them only, the first of one list shuffled by the seed, so that smaller subsets lie in larger
+    ones; 0: all, in order. ValueError if a prompt is longer than max_prompt_len tokens."""
     problems = [problem for one_set in sets.values() for problem in one_set]
     if count:
         random.Random(seed).shuffle(problems)
@@ -157,8 +158,8 @@ def render_all(sets, tokenizer, max_prompt_len, count=0, seed=0):
     prompts = [render(problem, tokenizer) for problem in problems]
     longest, long = max(map(len, prompts)), sum(len(prompt) > max_prompt_len for prompt in prompts)
     if long:
-        raise ValueError(f"{long} of {len(prompts)} prompts are longer than --max_prompt_len {max_prompt_len}: raise it to "
-                         f"{longest}, or take these problems out")
+        raise ValueError(f"{long} of {len(prompts)} prompts are longer than --max_prompt_len {max_prompt_len}: "
+                         f"raise it to {longest}, or take these problems out")
     return problems, prompts
 
 

@@ -19,8 +19,9 @@ from entropy import read_metrics
 from losses import METHODS
 
 RUNS, RESULTS = Path("runs/compare"), Path("experiments/results")
-KEPT = ("step", "reward/mean", "reward/zero_std_frac", "entropy/response_mean", "entropy/token_mean", "policy/clip_frac",
-        "policy/selected_frac", "policy/kl_to_rollout", "train/skipped", "time/step_s", "eval/pass@1", "eval/pass@8")
+KEPT = ("step", "reward/mean", "reward/zero_std_frac", "entropy/response_mean", "entropy/token_mean",
+        "policy/clip_frac", "policy/selected_frac", "policy/kl_to_rollout", "train/skipped", "time/step_s",
+        "eval/pass@1", "eval/pass@8")
 
 
 def run(method, seed):
@@ -28,7 +29,8 @@ def run(method, seed):
     name = f"{method}-seed{seed}"
     file = RESULTS / "compare" / f"{name}.jsonl"
     if not file.exists():
-        command = [sys.executable, "train.py", "--method", method, "--seed", str(seed), "--out", str(RUNS), "--name", name]
+        command = [sys.executable, "train.py", "--method", method, "--seed", str(seed)]
+        command += ["--out", str(RUNS), "--name", name]
         command += ["--resume"] if list((RUNS / name).glob("checkpoint-*")) else ["--overwrite"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with open(RUNS / f"{name}.log", "a") as log:
@@ -53,18 +55,21 @@ def table(runs):
 
 
 def figure(runs, methods, png):
-    """Entropy, pass@1 and pass@8 against the step: a line per method, the mean over seeds, and a band from least to most."""
+    """Entropy, pass@1 and pass@8 against the step: a line per method, the mean over seeds, and a band from least to
+    most."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    panels = {"entropy/response_mean": "policy entropy (nats per token)", "eval/pass@1": "test pass@1", "eval/pass@8": "test pass@8"}
+    panels = {"entropy/response_mean": "policy entropy (nats per token)", "eval/pass@1": "test pass@1",
+              "eval/pass@8": "test pass@8"}
     canvas, axes = plt.subplots(1, 3, figsize=(12.5, 3.6), constrained_layout=True)
     for axis, (key, title) in zip(axes, panels.items()):
         for method in methods:
             seeds = [rows for (name, _), rows in runs.items() if name == method]
             steps = [row["step"] for row in seeds[0] if key in row]
             values = np.array([[row[key] for row in rows if key in row] for rows in seeds])
-            line, = axis.plot(steps, values.mean(0), label=method, marker="o" if key.startswith("eval") else None, markersize=3)
+            marker = "o" if key.startswith("eval") else None
+            line, = axis.plot(steps, values.mean(0), label=method, marker=marker, markersize=3)
             axis.fill_between(steps, values.min(0), values.max(0), alpha=0.2, color=line.get_color(), linewidth=0)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)

@@ -1,5 +1,6 @@
 """A small, untrained Qwen2 model with a byte-level BPE tokenizer trained on the prompts of a data file, in Hugging Face
-format: it answers nonsense, and lets real problems go through every part of train.py on a laptop, with nothing downloaded.
+format: it answers nonsense, and lets real problems go through every part of train.py on a laptop, with nothing
+downloaded.
 
     python -m experiments.make_model problems.parquet runs/untrained
 """
@@ -16,7 +17,8 @@ CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end
 
 def make_model(data, folder, vocab_size=4096, hidden_size=64, layers=2, chat=True, **config):
     """Writes the model to `folder`; head dimension 32, which vLLM on CPU needs."""
-    texts = [p.prompt if isinstance(p.prompt, str) else "\n".join(m["content"] for m in p.prompt) for p in load_problems(data)]
+    prompts = [problem.prompt for problem in load_problems(data)]
+    texts = [p if isinstance(p, str) else "\n".join(message["content"] for message in p) for p in prompts]
     special = dict(pad_token="<|endoftext|>", eos_token="<|im_end|>", unk_token="<|endoftext|>", bos_token=None)
     tokenizer = Qwen2Tokenizer(vocab={"<|endoftext|>": 0, "<|im_end|>": 1}, merges=[], **special)
     tokenizer = tokenizer.train_new_from_iterator(texts, vocab_size, new_special_tokens=["<|im_start|>"])
