@@ -10,15 +10,18 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from losses import token_covariance
+from losses import CONTROLLERS, token_covariance
 from rollout import micro_batches
 
 
@@ -95,7 +98,7 @@ def build_policy(path, cfg, device, dtype):
     """The policy, or a frozen reference, with float32 master weights; --parallel fsdp shards it by decoder layer
     (FSDP2)."""
     transformers_logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)  # in host memory, one copy per rank
     policy = Policy(model, cfg.temperature, dtype if cfg.parallel == "ddp" else torch.float32)
     policy.eval()  # no dropout: the ratio would start away from 1
     layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
@@ -103,9 +106,11 @@ def build_policy(path, cfg, device, dtype):
         model.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in layers:
             layer.training = True  # layers are checkpointed in training mode only; their dropouts stay in eval mode
-    if cfg.parallel == "fsdp":
-        for module in layers + [policy]:
-            fully_shard(module, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+    if cfg.parallel == "ddp":
+        return policy.to(device)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for module in layers + [policy]:  # moves each shard to the device, never the whole model
+        fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
     return policy
 
 
@@ -118,12 +123,17 @@ def score(policy, batch, rows, wanted):
 
 
 @torch.no_grad()
-def score_all(policy, batch, wanted, budget):
-    """The same of the whole batch, {name: (B, T)}, without gradient, in micro-batches of `budget` padded tokens."""
+def score_all(policy, batch, wanted, budget, updates):
+    """The same of the whole batch, {name: (B, T)}, without gradient, in micro-batches of `budget` padded tokens.
+
+    Split as the `updates` of the batch will be: the same rows in one forward give the same rounding, so that the first
+    update sees a ratio of exactly 1. With another split KL-Cov's sign(log r) would act on rounding errors."""
     found = {name: torch.zeros(batch["response_mask"].shape, device=batch["ids"].device) for name in wanted}
-    for rows in micro_batches(batch["lengths"].tolist(), range(len(batch["lengths"])), budget):
-        for name, values in score(policy, batch, rows, wanted).items():
-            found[name][rows, :values.shape[1]] = values
+    lengths = batch["lengths"].tolist()
+    for part in np.array_split(np.arange(len(lengths)), updates):
+        for rows in micro_batches(lengths, part.tolist(), budget):
+            for name, values in score(policy, batch, rows, wanted).items():
+                found[name][rows, :values.shape[1]] = values
     return found
 
 
@@ -193,10 +203,12 @@ SUSPICIOUS = (  # metric, limit, what it means, what to change: silence would be
     ("response/truncated_frac", 0.9, "over 90 % of the answers are truncated", "raise --max_response_len"),
     ("reward/zero_std_frac", 0.9, "over 90 % of the groups have equal rewards", "other --data, or --dynamic_sampling"),
     ("rollout/gap_mean", 0.05, "engine and trainer differ by 0.05 nats per token", "--tis_cap 2, or --dtype float32"),
-    ("verify/timeout", 0, "answers that ran out of the verifier's time count as wrong", "raise verify.TIME_LIMIT"))
+    ("train/skipped", 0, "updates were skipped: loss or gradient not finite", "lower --lr, or --dtype float32"),
+    ("verify/timeout", 0, "answers that ran out of the verifier's time count as wrong", "raise verify.TIME_LIMIT"),
+    ("eval/timeout", 0, "test answers that ran out of the verifier's time count as wrong", "raise verify.TIME_LIMIT"))
 
 
-MAY_CHANGE_ON_RESUME = {"steps", "out", "save_every", "keep_checkpoints", "resume", "overwrite", "engine"}
+MAY_CHANGE_ON_RESUME = {"out", "save_every", "keep_checkpoints", "resume", "overwrite", "engine"}
 
 
 def checkpoints(folder):
@@ -211,10 +223,13 @@ def check_folder(cfg):
         raise ValueError(f"--resume: {folder} has no complete checkpoint; start it without --resume")
     if cfg.resume:
         before = json.loads((folder / "config.json").read_text())
+        free = MAY_CHANGE_ON_RESUME | (set() if cfg.method in CONTROLLERS else {"steps"})  # schedules depend on --steps
         changed = [f"--{name} {before.get(name)}, not {value}" for name, value in vars(cfg).items()
-                   if before.get(name) != value and name not in MAY_CHANGE_ON_RESUME]
+                   if before.get(name) != value and name not in free]
         if changed:
             raise ValueError(f"--resume: {folder} was trained with {'; '.join(changed)}: give these, or a new --name")
+    elif cfg.overwrite and folder.exists() and not (folder / "config.json").exists():
+        raise ValueError(f"--overwrite: {folder} is no run's folder (it has no config.json); choose another --name")
     elif (folder / "metrics.jsonl").exists() and not cfg.overwrite:
         raise ValueError(f"{folder} holds an earlier run: --resume goes on, --overwrite deletes it, --name keeps both")
 

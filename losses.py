@@ -10,10 +10,11 @@ Shapes: B sequences, T response tokens. Every method is called as
     response_mask   (B, T) bool: True on the tokens that the policy produced, EOS included
     num_tokens      response tokens of the optimizer step, over all micro-batches and ranks; None: those of this call
 
-Keyword arguments without a default are further (B, T) tensors that the method wants (train.py reads their names off the
-signature and provides them); those with a default are its knobs (`--knobs name=value`). The loss and every metric are
-sums over this call's tokens divided by num_tokens, so that they add up over micro-batches and ranks.
-What a method does to a token is decided without gradient; what it adds to the loss carries one.
+Keyword arguments without a default are further tensors that the method wants, (B, T) unless its docstring says
+otherwise (train.py reads their names off the signature and provides them); those with a default are its knobs
+(`--knobs name=value`). The loss and every metric are sums over this call's tokens divided by num_tokens, so that they
+add up over micro-batches and ranks. What a method does to a token is decided without gradient; what it adds to the
+loss carries one.
 """
 import inspect
 import math
@@ -79,7 +80,7 @@ def token_mean(values, response_mask, num_tokens=None):
 def token_covariance(log_probs, advantages, response_mask):
     """cov_t = (log pi(y_t) - mean log pi)(A_t - mean A), (B, T), no gradient; means over the response tokens given.
 
-    Its mean is minus the entropy change that a natural-gradient step would make. arXiv 2505.22617, eq. 10, theorem 2.
+    Its mean estimates minus the entropy change of a natural-gradient step. arXiv 2505.22617, eq. 10, theorem 2.
     """
     log_probs, count = log_probs.detach(), response_mask.sum()
     centred_log_probs = log_probs - torch.where(response_mask, log_probs, 0.0).sum() / count
@@ -99,8 +100,8 @@ def k3(log_probs, other_log_probs, response_mask):
 def scale_gradient(log_probs, weight):
     """The same values, with the gradient of each token times weight (B, T): applies a truncated importance weight
     min(exp(old_log_probs - rollout_log_probs), C) to any method without a line in it (TIS, `--tis_cap`)."""
-    weight = weight.detach()
-    return weight * log_probs + (1.0 - weight) * log_probs.detach()
+    values = log_probs.detach()
+    return values + weight.detach() * (log_probs - values)
 
 
 class Controller:
@@ -775,6 +776,8 @@ def read_knob(setting, text, default):
         value = int(text) if type(default) is int else float(text)
     except ValueError:
         raise ValueError(f"--knobs {setting}: a number is expected after '='") from None
+    if not math.isfinite(value):
+        raise ValueError(f"--knobs {setting}: a finite number is expected")
     if setting.partition("=")[0].endswith("_frac") and not 0 < value <= 1:
         raise ValueError(f"--knobs {setting}: a fraction in (0, 1] is expected, not per cent")
     return value

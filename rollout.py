@@ -327,7 +327,7 @@ def answer(engine, tokenizer, problems, prompts, seeds, *, n, max_tokens, temper
     prompts: the problems' token ids; seeds: one each, at least n apart."""
     ids, log_probs, truncated = engine.generate(
         prompts, n=n, max_tokens=max_tokens, temperature=temperature, seeds=seeds)
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []  # of [] it would make [""]
     rewards = torch.tensor(verify.score([problem for problem in problems for _ in range(n)], texts))
     columns = [ids, log_probs, truncated, rewards.tolist(), group_advantages(rewards, n, adv_norm).tolist(),
                rewards.view(-1, n).mean(1).repeat_interleave(n).tolist()]
@@ -357,7 +357,8 @@ def rollout_batch(engine, tokenizer, problems, prompts, drawn, cfg):
             (varied if teaches or not cfg.dynamic_sampling else flat).append(group)
         if total(torch.tensor(max(0, share - len(varied)))) == 0:
             break
-    return [a for group in (varied + flat)[:share] for a in group], drawn
+    groups = sorted((varied + flat)[:share], key=lambda group: group[0]["seed"])  # flat ones not all in the last update
+    return [a for group in groups for a in group], drawn
 
 
 def mix_second_sample(engine, tokenizer, answers, state, cfg):
@@ -392,7 +393,8 @@ def evaluate(engine, tokenizer, sets, cfg):
         sums["truncated_frac"] = sum(a["truncated"] for a in answers) / n
         means = (total(torch.tensor([*sums.values()])) / len(problems)).tolist()
         metrics |= {f"eval/{name + '/' if len(sets) > 1 else ''}{key}": mean for key, mean in zip(sums, means)}
-    verify.outcomes.clear()  # they are counted for training answers
+    metrics["eval/timeout"] = total(torch.tensor(verify.outcomes["timeout"])).item()
+    verify.outcomes.clear()  # the others are counted for training answers
     return metrics
 
 
@@ -435,7 +437,7 @@ def micro_batches(lengths, rows, budget):
 def gap_metrics(batch, old_log_probs):
     """How far the engine's log-probs are from the trainer's, nats per token: {metric: float} over all ranks."""
     gap = (old_log_probs - batch["rollout_log_probs"])[batch["response_mask"]].abs()
-    gap = gap[gap.isfinite()]  # nan: of a second sample at another temperature
+    gap = gap[~batch["rollout_log_probs"][batch["response_mask"]].isnan()]  # nan: a second sample's, at its temperature
     largest = gap.max().double()
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     tokens, summed = total(torch.stack([torch.ones_like(gap).sum(), gap.sum()])).tolist()

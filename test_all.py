@@ -1642,16 +1642,36 @@ def test_every_method_runs_two_steps(method, toy, tmp_path):
     assert len(rows) == 3 and all(math.isfinite(row["train/loss"]) and row["train/skipped"] == 0 for row in rows[1:])
 
 
-@pytest.mark.parametrize("method", ["par", "siren", "adaptive_entropy"])
-def test_resume_is_bit_for_bit(method, toy, tmp_path):
-    args = ("--method", method, "--dynamic_sampling", "--eval_every", "1", "--save_every", "1")
-    whole = toy_run(toy, tmp_path, "whole", *args, "--steps", "4")
-    toy_run(toy, tmp_path, "parts", *args, "--steps", "1")
-    with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:       # as if it had gone on after its last checkpoint
-        file.write(json.dumps({"step": 2, "reward/mean": 99.0}) + "\n")
-    parts = toy_run(toy, tmp_path, "parts", *args, "--steps", "4", "--resume")
+@pytest.mark.parametrize("method", ["grpo", *losses.CONTROLLERS])
+def test_resume_is_bit_for_bit(method, toy, tmp_path, monkeypatch):
+    """Interrupted in step 3, after its updates: the checkpoint of step 2 and --resume give what the whole run gives."""
+    args = ("--method", method, "--dynamic_sampling", "--steps", "4", "--eval_every", "1", "--save_every", "1")
+    whole = toy_run(toy, tmp_path, "whole", *args)
+    with monkeypatch.context() as patch:
+        write = entropy.RunLog.write
+        patch.setattr(entropy.RunLog, "write", lambda log, row: write(log, row) if row["step"] < 3 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            toy_run(toy, tmp_path, "parts", *args)
+    dist.destroy_process_group()
+    with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:       # a row of after the checkpoint is not kept
+        file.write(json.dumps({"step": 3, "reward/mean": 99.0}) + "\n")
+    parts = toy_run(toy, tmp_path, "parts", *args, "--resume")
     assert without_times(parts) == without_times(whole)
     assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "parts").values(), weights(tmp_path / "whole").values()))
+
+
+def test_a_finished_run_goes_on_as_the_longer_run(toy, tmp_path):
+    args = ("--eval_every", "1", "--save_every", "1")
+    whole = toy_run(toy, tmp_path, "whole", *args, "--steps", "4")
+    toy_run(toy, tmp_path, "parts", *args, "--steps", "2")
+    assert without_times(toy_run(toy, tmp_path, "parts", *args, "--steps", "4", "--resume")) == without_times(whole)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_first_update_sees_a_ratio_of_exactly_one(dtype, toy, tmp_path):
+    """Else KL-Cov's sign(log r) would act on rounding errors, and a clip of 3e-4 on bfloat16's."""
+    row = toy_run(toy, tmp_path, "one", "--updates_per_rollout", "1", "--steps", "1", "--micro_batch_tokens", "40", "--dtype", dtype)[1]
+    assert row["policy/kl_to_rollout"] == 0.0 and row["train/grad_norm"] > 0
 
 
 def test_micro_batches_give_the_same_run(toy, tmp_path):
@@ -1662,9 +1682,9 @@ def test_micro_batches_give_the_same_run(toy, tmp_path):
 
 
 def test_two_ranks_equal_one_and_fsdp_equals_ddp(toy, tmp_path):
-    toy_run(toy, tmp_path, "one")
+    toy_run(toy, tmp_path, "one", "--eval_prompts", "1")                # of two ranks, one has nothing to evaluate
     for parallel in ("ddp", "fsdp"):
-        result = torchrun(2, toy_args(toy, tmp_path, parallel, "--parallel", parallel))
+        result = torchrun(2, toy_args(toy, tmp_path, parallel, "--parallel", parallel, "--eval_prompts", "1"))
         assert result.returncode == 0, result.stderr
         one, two = (entropy.read_metrics(tmp_path / name) for name in ("one", parallel))
         assert [row.keys() for row in one] == [row.keys() for row in two]
@@ -1675,7 +1695,7 @@ def test_two_ranks_equal_one_and_fsdp_equals_ddp(toy, tmp_path):
         two = weights(tmp_path / parallel)  # AdamW scales gradients that are rounding only (k_proj.bias) to the size of real ones
         close = torch.cat([torch.isclose(x, two[name], rtol=0, atol=1e-6).flatten() for name, x in weights(tmp_path / "one").items()])
         assert close.float().mean() > 0.99
-    args = toy_args(toy, tmp_path, "fsdp", "--parallel", "fsdp", "--steps", "3", "--resume")
+    args = toy_args(toy, tmp_path, "fsdp", "--parallel", "fsdp", "--steps", "3", "--resume", "--eval_prompts", "1")
     assert (result := torchrun(2, args)).returncode == 0, result.stderr
     assert entropy.read_metrics(tmp_path / "fsdp")[-1]["step"] == 3
 
@@ -1728,6 +1748,9 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_end_the_run(toy, tm
     (["--name", "../up"], "one folder's name"),
     (["--temperature", "0"], "must be positive"),
     (["--parallel", "ddpp"], "choose from ddp, fsdp"),
+    (["--method", "w_reinforce", "--dynamic_sampling"], "no baseline"),
+    (["--knobs", "clip_low=nan"], "finite"),
+    (["--max_response_len", "100"], "more than the positions"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(args, complaint, toy, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -1742,6 +1765,21 @@ def test_a_prompt_that_is_too_long_is_refused(toy, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train.main(toy_args(toy, tmp_path, "long", "--data", f"{tmp_path}/long.jsonl"))
     assert "1 of 1 prompts are longer than --max_prompt_len 8: raise it to 9" in capsys.readouterr().err
+
+
+def test_overwrite_deletes_runs_only(toy, tmp_path, capsys):
+    (tmp_path / "precious").mkdir()
+    with pytest.raises(SystemExit):
+        train.main(toy_args(toy, tmp_path, "precious", "--overwrite"))
+    assert "no run's folder" in capsys.readouterr().err and (tmp_path / "precious").exists()
+
+
+def test_sets_with_equal_names_are_both_read(toy, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text(json.dumps({"question": name, "answer": "1"}))
+    sets = verify.load_sets([f"{tmp_path}/a/train.jsonl", f"{tmp_path}/b/train.jsonl"], "train")
+    assert [problem.prompt[0] for problems in sets.values() for problem in problems] == ["a", "b"]
 
 
 def test_runs_are_neither_overwritten_nor_resumed_as_another(toy, tmp_path, capsys):

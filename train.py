@@ -8,7 +8,7 @@ Shapes: P prompts a step over all ranks, G answers each, B answers on this rank,
 """
 from rollout import prepare_environment
 
-prepare_environment()  # before torch starts its threads
+prepare_environment()  # RANK ... for plain python, vLLM's variables; importing rollout has set OMP_WAIT_POLICY
 
 import argparse
 import math
@@ -80,7 +80,7 @@ class Training:
     grad_clip: float = flag(1.0, "largest gradient norm")
     parallel: str = flag("ddp", "ddp, or fsdp: weights, gradients and optimizer sharded (FSDP2)")
     dtype: str = flag("auto", "compute in bfloat16 or float32; auto: bfloat16 on GPUs. Master weights are float32")
-    micro_batch_tokens: int = flag(16384, "padded tokens per forward: memory and speed, same gradient")
+    micro_batch_tokens: int = flag(16384, "padded tokens per forward: memory and speed; same gradient (but see README)")
     activation_checkpointing: bool = flag(False, "recompute layers in backward: less memory, more time")
     engine: str = flag("auto", "vllm, torch; auto: vllm where a GPU and vllm are present")
     rollout_tp: int = flag(1, "ranks per vllm engine (tensor parallel)")
@@ -119,11 +119,11 @@ class OneLine(argparse.ArgumentDefaultsHelpFormatter):  # --help, a line for eac
 
 @contextmanager
 def clear_errors():
-    """Bad input: one line from rank 0, exit code 2 on every rank, before anything slow."""
+    """Bad input: one line per node, exit code 2 on every rank, before anything slow."""
     try:
         yield
     except (ValueError, OSError) as error:
-        if os.environ["RANK"] == "0":
+        if os.environ["LOCAL_RANK"] == "0":
             print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
@@ -131,7 +131,8 @@ def clear_errors():
 def parse(argv):
     """The command line as one checked namespace; ValueError with one clear line on bad input."""
     parser = HfArgumentParser([Data, Method, Training, Run], usage="train.py --method METHOD [options]",
-                              description=__doc__.splitlines()[0], formatter_class=OneLine, allow_abbrev=False)
+                              description=__doc__.splitlines()[0] + " Defaults are shown for the --model given.",
+                              formatter_class=OneLine, allow_abbrev=False)
     if parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].model == "tiny":
         parser.set_defaults(**tiny.DEFAULTS)
     cfg, world = parser.parse_args(argv), int(os.environ["WORLD_SIZE"])
@@ -151,6 +152,8 @@ def parse(argv):
     if cfg.prompts_per_step % (world * cfg.updates_per_rollout):
         raise ValueError(f"--prompts_per_step {cfg.prompts_per_step} must be a multiple of {world} (ranks) x "
                          f"{cfg.updates_per_rollout} (--updates_per_rollout)")
+    if cfg.seed * cfg.group_size >= 2 ** 28 or cfg.dynamic_sampling and cfg.group_size == 1:
+        raise ValueError("--seed x --group_size must stay below 2^28, and --dynamic_sampling needs a group of 2 or more")
     cfg.name = cfg.name or f"{cfg.method}-{Path(cfg.model).name}-seed{cfg.seed}"
     if Path(cfg.name).name != cfg.name or cfg.name.startswith("."):
         raise ValueError(f"--name {cfg.name}: one folder's name is expected; --out says where it goes")
@@ -200,7 +203,7 @@ def update(trained, optimizer, batch, tensors, rows, knobs, cfg):
 def save_checkpoint(folder, policy, optimizer, tokenizer, state, keep):
     """A Hugging Face folder with the optimizer and the counters beside it, complete or absent: written under another
     name, then renamed. Gathered on rank 0, so that it can be resumed with another number of ranks."""
-    weights = {name: tensor.cpu() for name, tensor in full_tensors(policy.model)}
+    weights = {name: tensor.cpu() if dist.get_rank() == 0 else None for name, tensor in full_tensors(policy.model)}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = state | {"optimizer": get_optimizer_state_dict(policy, optimizer, options=options)}
     if dist.get_rank() == 0:
@@ -237,8 +240,10 @@ def main(argv=None):
         tiny.base_model()  # made once; the other ranks wait, then find it
     dist.barrier()
     base = tiny.base_model() if cfg.model == "tiny" else cfg.model
-    tokenizer = AutoTokenizer.from_pretrained(base)
     with clear_errors():
+        tokenizer, longest = AutoTokenizer.from_pretrained(base), cfg.max_prompt_len + cfg.max_response_len
+        if longest > getattr(AutoConfig.from_pretrained(base), "max_position_embeddings", longest):
+            raise ValueError(f"--max_prompt_len + --max_response_len, {longest}, is more than the positions of {base}")
         problems, prompts = verify.render_all(train_sets, tokenizer, cfg.max_prompt_len, cfg.num_prompts, cfg.seed)
         eval_sets = {name: verify.render_all({name: one_set[:cfg.eval_prompts or None]}, tokenizer, cfg.max_prompt_len)
                      for name, one_set in eval_sets.items()}
@@ -251,21 +256,17 @@ def main(argv=None):
     controller = Controller(CONTROLLERS.get(cfg.method), rule_knobs)
     state = {"step": 0, "drawn": 0, "updates": 0, "controller": {}, "means": {}}
     if start:
-        state = torch.load(start / "trainer_state.pt", weights_only=True)
-        whole = StateDictOptions(full_state_dict=True)
-        set_optimizer_state_dict(policy, optimizer, state.pop("optimizer"), options=whole)
+        state = torch.load(start / "trainer_state.pt", weights_only=True, mmap=True)
+        set_optimizer_state_dict(policy, optimizer, state.pop("optimizer"), options=StateDictOptions(full_state_dict=True))
     controller.load_state_dict(state["controller"])
-    trained = policy
-    if cfg.parallel == "ddp":
-        trained = DistributedDataParallel(policy, forward_sync_buffers=False)
+    trained = DistributedDataParallel(policy, forward_sync_buffers=False) if cfg.parallel == "ddp" else policy
     wanted = wanted_tensors(cfg.method)
     old_names = sorted({*MICROSCOPE, *(name[4:] for name in wanted if name.startswith("old_"))})
     ref_names = [name[4:] for name in wanted if name.startswith("ref_")]
     reference = build_policy(base, cfg, device, dtype) if ref_names else None
     ends = policy.model.generation_config.eos_token_id or []  # one id, or several for chat models
-    stop_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    engine = make_engine(cfg.engine, base, dtype=dtype, device=device, stop_ids=stop_ids,
-                         max_model_len=cfg.max_prompt_len + cfg.max_response_len,
+    stop_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    engine = make_engine(cfg.engine, base, dtype=dtype, device=device, stop_ids=stop_ids, max_model_len=longest,
                          tensor_parallel_size=cfg.rollout_tp, gpu_memory_utilization=cfg.rollout_gpu_memory)
     engine.push_weights(full_tensors(policy.model))
 
@@ -291,11 +292,11 @@ def main(argv=None):
         clock.append(time.perf_counter())
 
         # ---- 3 old_log_probs, the gap to the engine's, and what the tokens say about the entropy
-        old = score_all(trained, batch, old_names, cfg.micro_batch_tokens)
+        old = score_all(trained, batch, old_names, cfg.micro_batch_tokens, cfg.updates_per_rollout)
         tensors = {name: batch[name] for name in ("advantages", "rewards", "group_accuracy", "rollout_log_probs")}
         tensors |= {f"old_{name}": values for name, values in old.items()}
         if reference:
-            ref = score_all(reference, batch, ref_names, cfg.micro_batch_tokens)
+            ref = score_all(reference, batch, ref_names, cfg.micro_batch_tokens, cfg.updates_per_rollout)
             tensors |= {f"ref_{name}": values for name, values in ref.items()}
         batch_of = (old, batch["advantages"], batch["response_mask"], total)
         metrics = of_answers | gap_metrics(batch, old["log_probs"]) | measure(*batch_of)
@@ -314,8 +315,7 @@ def main(argv=None):
             state["updates"] += 1
             failures = failures + 1 if updates[-1] is None else 0
             if failures == 10:
-                raise SystemExit("ten updates in a row had a loss or gradient that is not finite; the checkpoints in "
-                                 f"{folder} are from before")
+                raise SystemExit(f"ten updates in a row had no finite loss or gradient; {folder} has checkpoints from before")
         clock.append(time.perf_counter())
 
         # ---- 5 push the weights

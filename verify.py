@@ -131,8 +131,11 @@ def load_sets(names, split):
     """{name: problems} of several sets, by load_problems; the word countdown stands for tiny.py's problems of that
     split."""
     import tiny                          # here, as it imports this file
-    return {Path(name).stem: tiny.problems(split, tiny.PROBLEMS[split]) if name == "countdown" else load_problems(name)
-            for name in names}
+    sets = {}
+    for name in names:
+        key = name if Path(name).stem in sets else Path(name).stem           # a/train.jsonl and b/train.jsonl are two
+        sets[key] = tiny.problems(split, tiny.PROBLEMS[split]) if name == "countdown" else load_problems(name)
+    return sets
 
 
 def render(problem, tokenizer):

@@ -27,15 +27,15 @@ KEPT = ("step", "reward/mean", "reward/zero_std_frac", "entropy/response_mean", 
 def run(method, seed):
     """train.py with its default settings, in one thread; resumed if it was interrupted. Returns its rows."""
     name = f"{method}-seed{seed}"
-    file = RESULTS / "compare" / f"{name}.jsonl"
+    folder, file = RUNS / name, RESULTS / "compare" / f"{name}.jsonl"
     if not file.exists():
-        command = [sys.executable, "train.py", "--method", method, "--seed", str(seed)]
-        command += ["--out", str(RUNS), "--name", name]
-        command += ["--resume"] if list((RUNS / name).glob("checkpoint-*")) else ["--overwrite"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with open(RUNS / f"{name}.log", "a") as log:
-            subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
-        rows = [{k: round(row[k], 5) for k in KEPT if k in row} for row in read_metrics(RUNS / name)]
+        if not (folder / "curves.png").exists():  # the last thing that a run writes
+            command = [sys.executable, "train.py", "--method", method, "--seed", str(seed)]
+            command += ["--out", str(RUNS), "--name", name]
+            command += ["--resume"] if list(folder.glob("checkpoint-*")) else ["--overwrite"]
+            with open(RUNS / f"{name}.log", "a") as log:
+                subprocess.run(command, check=True, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        rows = [{k: round(row[k], 5) for k in KEPT if k in row} for row in read_metrics(folder)]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return read_metrics(file)
 
