@@ -1,7 +1,7 @@
-"""Every method on the default task, from the same base and seed: the table and the figures of the README.
+"""Every method on the default task, from the same base and seed: the table and the figure of the README.
 
     python -m experiments.compare                      all methods, seed 0, two runs at a time; finished runs are kept
-    python -m experiments.compare --methods grpo clip_cov --seeds 0 1 2
+    python -m experiments.compare --methods grpo clip_cov kl_cov           the figure too (for at most eight methods)
 """
 import argparse
 import json
@@ -73,7 +73,7 @@ def figure(runs, methods, png):
             axis.fill_between(steps, values.min(0), values.max(0), alpha=0.2, color=line.get_color(), linewidth=0)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-    axes[0].set_ylim(bottom=0)
+        axis.set_ylim(bottom=0)
     axes[0].legend(fontsize=8)
     canvas.savefig(png, dpi=120)
 
@@ -94,7 +94,8 @@ def main():
     name = "-".join(args.methods) if args.methods != list(METHODS) else "methods"
     text = table(runs)
     (RESULTS / f"{name}.md").write_text(f"`python -m experiments.compare {' '.join(sys.argv[1:])}`\n\n{text}\n")
-    figure(runs, args.methods, RESULTS / f"{name}.png")
+    if len(args.methods) <= 8:  # more lines than that nobody can read
+        figure(runs, args.methods, RESULTS / f"{name}.png")
     print(text)
 
 
