@@ -173,13 +173,12 @@ def update(trained, optimizer, batch, tensors, rows, knobs, cfg):
     num_tokens, num_sequences = total(torch.stack([loss_mask[rows].sum(), loss_mask[rows].any(1).sum()])).float()
     micro, sums = micro_batches(batch["lengths"].tolist(), rows, cfg.micro_batch_tokens), {}
     for i, rows in enumerate(micro):
-        width = batch["response_mask"][rows].sum(1).max()
-        mask, fixed = loss_mask[rows, :width], {name: tensor[rows, :width] for name, tensor in tensors.items()}
-        fixed["num_sequences"] = num_sequences
         postpone = cfg.parallel == "ddp" and i + 1 < len(micro)  # DDP exchanges gradients in the last backward only
         with trained.no_sync() if postpone else nullcontext():
             now = score(trained, batch, rows, ["log_probs"] + [name for name in wanted if name in STATISTICS])
-            log_probs = now["log_probs"]
+            log_probs, width = now["log_probs"], now["log_probs"].shape[1]
+            mask, fixed = loss_mask[rows, :width], {name: tensor[rows, :width] for name, tensor in tensors.items()}
+            fixed["num_sequences"] = num_sequences
             if cfg.tis_cap:
                 gap = log_ratio(fixed["old_log_probs"], fixed["rollout_log_probs"], mask)
                 log_probs = scale_gradient(log_probs, gap.exp().clamp(max=cfg.tis_cap))

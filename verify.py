@@ -122,7 +122,7 @@ def _problem(row, rule):
         ", ".join(map(str, answer)) if isinstance(answer, list) else str(answer).strip()
     if (rule == "countdown") != answer.startswith('{"') or not 0 < len(answer) <= MAX_ANSWER:
         raise ValueError(f"the rule {rule} cannot judge the answer {answer[:80]!r}")
-    if rule == "countdown":
+    if rule == "countdown":              # raises where the rule would, at the first answer: no numbers, no target
         sorted(json.loads(answer)["numbers"]).append(json.loads(answer)["target"])
     return Problem(prompt, answer, rule)
 
