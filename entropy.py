@@ -238,9 +238,10 @@ def group_covariance(log_probs, advantages, response_mask, total, group_accuracy
 
 
 @torch.no_grad()
-def entropy_after(policy, batch, entropy_before, cfg):
+def entropy_after(policy, batch, old, cfg):
     """What the updates did to the entropy on the contexts they learned from, nats per token over all ranks: the mean of
-    H after - H before (entropy_before (B, T)). On each group's first answer only: a forward of 1/G of the batch."""
+    H after - H before, old["token_entropy"] (B, T). On each group's first answer only: a forward of 1/G of the batch."""
+    entropy_before = old["token_entropy"]
     changes = torch.zeros(2, dtype=torch.float64, device=entropy_before.device)
     for rows in micro_batches(batch["lengths"].tolist(), range(0, len(entropy_before), cfg.group_size),
                               cfg.micro_batch_tokens):

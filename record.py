@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 import verify
-from losses import CONTROLLERS
+from losses import CONTROLLERS, wanted_tensors
 from rollout import full_tensors
 
 
@@ -321,12 +321,13 @@ def plan(cfg, model_config, ranks, dtype):
     shards, longest = ranks if cfg.parallel == "fsdp" else 1, cfg.max_prompt_len + cfg.max_response_len
     answers, layers = cfg.prompts_per_step * cfg.group_size, shape.num_hidden_layers
     tokens = min(max(cfg.micro_batch_tokens, longest), answers * longest // (cfg.updates_per_rollout * ranks))
+    wants_reference = any(name.startswith("ref_") for name in wanted_tensors(cfg.method))
     kept = 2 * layers + 34 if cfg.activation_checkpointing else 34 * layers
     memory = {
         "weights, gradients and AdamW's two averages, float32": 16 * count / shards,
         "activations of a micro-batch, roughly": kept * tokens * shape.hidden_size * dtype.itemsize / 2,
         "log-probs of a chunk, five times float32 (512, V)": 20 * 512 * shape.vocab_size,
-        "a frozen reference, float32 (methods that want one)": 4 * count / shards if cfg.method == "kl_loss" else 0,
+        "a frozen reference, float32 (methods that want one)": 4 * count / shards * wants_reference,
         f"the engine's weights, {dtype} (vllm sleeps during the update)": dtype.itemsize * count / cfg.rollout_tp}
     lines = [f"{count / 1e6:,.2f} M parameters, {ranks} ranks, --parallel {cfg.parallel}. GiB per rank:"]
     lines += [f"  {size / 2**30:9.3f}  {part}" for part, size in memory.items()]

@@ -1757,7 +1757,7 @@ def test_entropy_after_is_the_change_on_the_first_answers():
     with torch.no_grad():
         model.lm_head.weight.div_(1.5)
     assert change < -0.01
-    assert math.isclose(entropy.entropy_after(policy, batch, before[0], cfg), change, rel_tol=1e-4)
+    assert math.isclose(entropy.entropy_after(policy, batch, {"token_entropy": before[0]}, cfg), change, rel_tol=1e-4)
 
 
 def test_micro_batches_hold_the_budget_and_every_row():
@@ -2174,9 +2174,11 @@ def test_killed_often(kills, ranks, apart):
     assert float(re.search("left alone: (.*);", result.stdout)[1]) <= apart, result.stdout + result.stderr
 
 
-def started(args):
-    """python train.py in the background, after its first step."""
-    process = subprocess.Popen([sys.executable, "train.py", *args], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def started(args, ranks=1):
+    """train.py in the background, after its first step; under torchrun with several ranks."""
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port())] if ranks > 1 else []
+    process = subprocess.Popen([sys.executable, *launch, "train.py", *args], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")})
     metrics = Path(args[args.index("--out") + 1], args[args.index("--name") + 1], "metrics.jsonl")
     while process.poll() is None and not (metrics.exists() and '"step": 1,' in metrics.read_text()):
         time.sleep(0.02)
@@ -2210,12 +2212,7 @@ def test_sigterm_before_the_first_step_ends_the_run(toy, tmp_path):
 
 def test_sigterm_to_two_ranks_saves_one_checkpoint_that_two_ranks_resume(toy, tmp_path):
     args = toy_args(toy, tmp_path, "ranks", "--steps", "100000", "--save_every", "100000", "--eval_every", "100000")
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "train.py"]
-    process = subprocess.Popen([sys.executable, *launch, *args], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")})
-    metrics = tmp_path / "ranks" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and '"step": 1,' in metrics.read_text()):
-        time.sleep(0.05)
+    process = started(args, ranks=2)
     process.terminate()                                                # torchrun passes it on to its ranks
     out, err = process.communicate(timeout=60)
     step = record.read_metrics(tmp_path / "ranks")[-1]["step"]
@@ -2228,12 +2225,7 @@ def test_sigterm_to_two_ranks_saves_one_checkpoint_that_two_ranks_resume(toy, tm
 
 def test_one_rank_of_two_dying_ends_the_other(toy, tmp_path):
     args = toy_args(toy, tmp_path, "two", "--steps", "100000", "--save_every", "100000", "--eval_every", "100000")
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "train.py"]
-    process = subprocess.Popen([sys.executable, *launch, *args], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")})
-    metrics = tmp_path / "two" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and '"step": 1,' in metrics.read_text()):
-        time.sleep(0.05)
+    process = started(args, ranks=2)
     ranks = [int(pid) for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()]
     os.kill(ranks[-1], signal.SIGKILL)
     _, err = process.communicate(timeout=60)

@@ -309,7 +309,7 @@ def main(argv=None):
             failures = failures + 1 if updates[-1] is None else 0
             if failures == 10:
                 raise SystemExit(f"ten updates in a row without finite loss or gradient; {folder} has checkpoints")
-        metrics["entropy/change_measured"] = entropy_after(trained, batch, old["token_entropy"], cfg)
+        metrics["entropy/change_measured"] = entropy_after(trained, batch, old, cfg)
         clock.append(time.perf_counter())
 
         # ---- 5 push the weights

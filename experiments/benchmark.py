@@ -103,12 +103,12 @@ def sampling(folder):
             made.push_weights(full_tensors(model))
             return made
         own = engine("torch")
-        seconds = alternate(lambda: sample(own), generate)
-        report(f"sampling, {kind} answers, against generate", *seconds, "cpu s per token")
+        unit, found = "cpu s per token", alternate(lambda: sample(own), generate)
+        report(f"sampling, {kind} answers, against generate", *found, unit)
         if find_spec("vllm"):
             rival = engine("vllm")
-            seconds = alternate(lambda: sample(own), lambda: sample(rival))
-            report(f"sampling, {kind} answers, against vLLM", *seconds, "cpu s per token")
+            found = alternate(lambda: sample(own), lambda: sample(rival))
+            report(f"sampling, {kind} answers, against vLLM", *found, unit)
 
 
 def log_probs(folder, D=896, V=151_936):
@@ -159,12 +159,13 @@ def padding(folder):
 
 def microscope(folder, rounds=5):
     """The default run's step with the entropy metrics (ours) and without them: rival / ours = 1 - their share."""
-    full, found = (train.MICROSCOPE, train.measure), []
+    full, found = (train.MICROSCOPE, train.measure, train.entropy_after), []
     for _ in range(rounds):
         with_it = our_steps("--method grpo", folder, 4)[0]
-        train.MICROSCOPE, train.measure = ("log_probs",), lambda *_: {"entropy/response_mean": 0.0}
+        train.MICROSCOPE, train.entropy_after = ("log_probs",), lambda *_: 0.0
+        train.measure = lambda *_: {"entropy/response_mean": 0.0}
         found.append((with_it, our_steps("--method grpo", folder, 4)[0]))
-        train.MICROSCOPE, train.measure = full
+        train.MICROSCOPE, train.measure, train.entropy_after = full
     report("microscope", *zip(*found), "cpu s per step")
 
 
@@ -187,7 +188,8 @@ def first_step(folder, rounds=3):
         while not (metrics.exists() and '"step": 1' in metrics.read_text()):
             time.sleep(0.05)
         seconds.append(time.perf_counter() - start)
-        run.kill()
+        run.terminate()  # torchrun ends its rank; killed, it would leave it running
+        run.wait()
     report("first_step of the default command, against 15 s", seconds, [15.0] * rounds, "wall s")
 
 
