@@ -457,21 +457,21 @@ def gap_metrics(batch, old_log_probs):
     return {"rollout/gap_mean": summed / tokens, "rollout/gap_max": largest.item()}
 
 
-def ngram_diversity(responses, n=4):
-    """Distinct n-grams / all n-grams of some answers (lists of token ids); nan if all are shorter than n."""
-    ngrams = [ngram for ids in responses for ngram in zip(*(ids[i:] for i in range(n)))]
-    return len(set(ngrams)) / len(ngrams) if ngrams else math.nan
+def ngram_diversity(responses, longest=4):
+    """Distinct n-grams / all n-grams of some answers (lists of token ids), mean over n = 1 ... longest; an n for which
+    all answers are too short is left out."""
+    ngrams = [[ngram for ids in responses for ngram in zip(*(ids[i:] for i in range(n)))] for n in range(1, longest + 1)]
+    return fmean(len(set(found)) / len(found) for found in ngrams if found)
 
 
 def reward_metrics(answers, group_size):
     """What the answers of a step look like, {metric: float} over all ranks."""
     slices = [answers[i:i + group_size] for i in range(0, len(answers), group_size)]
     groups = [[a["reward"] for a in group] for group in slices]
-    diversity = [d for d in (ngram_diversity([a["response"] for a in group]) for group in slices) if not math.isnan(d)]
-    count, reward, flat, tokens, cut, diverse, diversities = total(torch.tensor([
+    diversity = [ngram_diversity([a["response"] for a in group]) for group in slices]
+    count, reward, flat, tokens, cut, diverse, prompts = total(torch.tensor([
         len(answers), sum(map(sum, groups)), group_size * sum(len(set(g)) == 1 for g in groups),
-        sum(len(a["response"]) for a in answers), sum(a["truncated"] for a in answers), sum(diversity), len(diversity)],
+        sum(len(a["response"]) for a in answers), sum(a["truncated"] for a in answers), sum(diversity), len(groups)],
         dtype=torch.float64)).tolist()
-    metrics = {"reward/mean": reward / count, "reward/zero_std_frac": flat / count, "response/len_mean": tokens / count,
-               "response/truncated_frac": cut / count}
-    return metrics | ({"response/ngram_diversity": diverse / diversities} if diversities else {})
+    return {"reward/mean": reward / count, "reward/zero_std_frac": flat / count, "response/len_mean": tokens / count,
+            "response/truncated_frac": cut / count, "response/ngram_diversity": diverse / prompts}

@@ -1603,15 +1603,15 @@ def test_evaluation_by_hand(monkeypatch):
 
 
 def test_ngram_diversity_by_hand():
-    """4-grams: abcd bcde twice and cdef are 3 of 5; an answer of three tokens has none, a group of such ones no share."""
-    assert rollout.ngram_diversity([[1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6], [7, 8, 9]]) == 3 / 5
-    assert rollout.ngram_diversity([[5, 5, 5, 5, 5, 5]]) == 1 / 3 and math.isnan(rollout.ngram_diversity([[1, 2, 3]]))
-    assert rollout.ngram_diversity([[1, 2, 1, 2]], n=2) == 2 / 3
+    """Mean over n = 1 ... 4 of distinct / all; an n for which all answers are too short is left out."""
+    three = [[1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6], [7, 8, 9]]
+    assert math.isclose(rollout.ngram_diversity(three), (9 / 14 + 7 / 11 + 5 / 8 + 3 / 5) / 4)
+    assert math.isclose(rollout.ngram_diversity([[5] * 6]), (1 / 6 + 1 / 5 + 1 / 4 + 1 / 3) / 4)
+    assert rollout.ngram_diversity([[1, 2, 3]]) == 1 and math.isclose(rollout.ngram_diversity([[1, 2, 1, 2]], longest=2), (1 / 2 + 2 / 3) / 2)
     dist.init_process_group("gloo")
     responses = [[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4], [4, 3, 2, 1], [1], [2]]
     answers = [dict(response=r, reward=1.0, truncated=False) for r in responses]
-    assert rollout.reward_metrics(answers, 2)["response/ngram_diversity"] == (1 / 2 + 1) / 2
-    assert "response/ngram_diversity" not in rollout.reward_metrics(answers[4:], 2)
+    assert rollout.reward_metrics(answers, 2)["response/ngram_diversity"] == (1 / 2 + (1 / 2 + 1 + 1 + 1) / 4 + 1) / 3
 
 
 # ---- entropy: exact, chunked, aligned ---------------------------------------------------------------------------------

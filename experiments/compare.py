@@ -15,30 +15,32 @@ import numpy as np
 from tqdm import tqdm
 
 import tiny
-from record import plot_curves, read_metrics
 from losses import METHODS
+from record import plot_curves, read_metrics, write_whole
 
 RUNS, RESULTS = Path("runs/compare"), Path("experiments/results")
-KEPT = ("step", "reward/mean", "reward/zero_std_frac", "entropy/response_mean", "entropy/token_mean",
-        "policy/clip_frac", "policy/selected_frac", "policy/kl_to_rollout", "train/skipped", "time/step_s",
-        "eval/pass@1", "eval/pass@8")
+KEPT = ("step", "reward/mean", "reward/zero_std_frac", "entropy/response_mean", "entropy/change_measured",
+        "policy/group_cov_mean", "policy/group_cov_hard", "policy/group_cov_mid", "policy/group_cov_easy",
+        "response/ngram_diversity", "policy/clip_frac", "policy/selected_frac", "quadrant/pos_likely_dH_share",
+        "quadrant/pos_rare_dH_share", "quadrant/neg_likely_dH_share", "quadrant/neg_rare_dH_share", "train/skipped",
+        "time/step_s")  # of step 1, and of evaluations, everything
 PANELS = {"entropy/response_mean": "policy entropy (nats per token)", "eval/pass@1": "test pass@1",
           "eval/pass@8": "test pass@8"}
 
 
-def run(method, seed):
-    """train.py with its default settings, in one thread; resumed if it was interrupted. Returns its rows."""
-    name = f"{method}-seed{seed}"
-    folder, file = RUNS / name, RESULTS / "compare" / f"{name}.jsonl"
+def run(name, flags, runs, results):
+    """train.py with these flags beside the default ones, in one thread, in the folder runs; resumed if it was
+    interrupted. Its metrics, compact, are kept as results/NAME.jsonl, and with that file it is not run. Returns them."""
+    folder, file = runs / name, results / f"{name}.jsonl"
     if not file.exists():
         if not (folder / "curves.png").exists():  # the last thing that a run writes
-            command = [sys.executable, "train.py", "--method", method, "--seed", str(seed)]
-            command += ["--out", str(RUNS), "--name", name]
+            command = [sys.executable, "train.py", *flags, "--out", str(runs), "--name", name]
             command += ["--resume"] if list(folder.glob("checkpoint-*")) else ["--overwrite"]
-            with open(RUNS / f"{name}.log", "a") as log:
+            with open(runs / f"{name}.log", "a") as log:
                 subprocess.run(command, check=True, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        rows = [{k: round(row[k], 5) for k in KEPT if k in row} for row in read_metrics(folder)]
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = [{key: float(f"{value:.4g}") for key, value in row.items()
+                 if key in KEPT or key.startswith("eval/") or row["step"] == 1} for row in read_metrics(folder)]
+        write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
     return read_metrics(file)
 
 
@@ -67,7 +69,9 @@ def main():
     tiny.base_model()  # once, before the runs look for it
     wanted = [(method, seed) for seed in args.seeds for method in args.methods]
     with ThreadPoolExecutor(args.workers) as pool:
-        rows = list(tqdm(pool.map(lambda pair: run(*pair), wanted), "runs", len(wanted)))
+        one = lambda method, seed: run(f"{method}-seed{seed}", ["--method", method, "--seed", str(seed)], RUNS,
+                                       RESULTS / "compare")
+        rows = list(tqdm(pool.map(one, *zip(*wanted)), "runs", len(wanted)))
     runs = dict(zip(wanted, rows))
     name = "-".join(args.methods) if args.methods != list(METHODS) else "methods"
     text = table(runs)
