@@ -44,7 +44,7 @@ import rollout
 import tiny
 import train
 import verify
-from experiments import scaling, scaling_measured
+from experiments import compare, findings, over_seeds, scaling, scaling_measured
 from experiments.make_model import make_model
 from losses import METHODS, group_advantages, importance_ratio, k3, ppo_surrogate, scale_gradient, token_covariance, token_mean
 from verify import RULES, Problem, judge_countdown, judge_math, load_problems, outcomes, pass_at_k, render, score
@@ -1000,6 +1000,16 @@ def test_batches_train_on_the_answer_alone_and_never_on_a_test_problem():
             assert all(b in (-100, a) for a, b in zip(row, label))
             seen.add(prompt)
     assert len(seen) > 2000 and not seen & test
+
+
+def test_each_size_of_the_tiny_model_trains_with_its_own_base_and_the_default_settings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tiny, "TRAINING", tiny.TRAINING | dict(steps=3, batch=4))
+    train.main("--model tiny-mini --steps 1 --prompts_per_step 4 --group_size 2 --eval_data none --engine torch".split())
+    config = json.loads(Path("runs/grpo-tiny-mini-seed0/config.json").read_text())
+    assert config["max_response_len"] == tiny.DEFAULTS["max_response_len"] and config["updates_per_rollout"] == 4
+    shape = json.loads(Path("runs/grpo-tiny-mini-seed0/checkpoint-1/config.json").read_text())
+    assert shape["hidden_size"] == tiny.SIZES["tiny-mini"]["hidden_size"] != tiny.SIZES["tiny"]["hidden_size"]
 
 
 def test_base_is_made_once_complete_or_not_at_all_and_leaves_the_caller_alone(tmp_path, monkeypatch):
@@ -2534,6 +2544,56 @@ def test_the_commands_on_paper_parse_and_32b_needs_two_nodes(monkeypatch, tmp_pa
         train.parse(shlex.split(scaling.command(name, tp, nodes, prompts).split("train.py ")[1]))
     largest = {ranks: max(scaling.memory_per_gpu(scaling.THIRTY_TWO, ranks, rollout_tp=4)[1].values()) for ranks in (8, 16)}
     assert largest[16] < scaling.MEMORY < largest[8]
+
+
+# ---- the findings: runs over seeds, verdicts computed from committed metrics -----------------------------------------
+
+def test_numbers_over_seeds_by_hand():
+    assert over_seeds.column([{"a": 1}, {"b": 5}, {"a": 2}, {"a": 6}], "a", smooth=2).tolist() == [1.5, 4]
+    rows = [{"step": 0, "x": 7.0}, *({"step": i, over_seeds.H: 10.0 - i // 10} for i in range(40)), {"x": 8.0}]
+    assert [over_seeds.at(part)(rows) for part in ("start", "end")] == [10, 7] and over_seeds.kept(rows) == 0.7
+    assert [over_seeds.at(part, "x")(rows) for part in ("base", "last")] == [7, 8]
+    found = {"low": [1, 2, 3], "mid": [2, 3, 4], "high": [5, 6, 7]}
+    assert over_seeds.rising(found, "low", "mid", "high") and not over_seeds.rising(found, "mid", "low", "high")
+    assert over_seeds.above(found, "high", "mid") and not over_seeds.above(found, "mid", "low")
+    assert over_seeds.told({"a": [1, 2, 6], "b": [0.5]}) == "a 3.000 (1.000 to 6.000); b 0.500"
+    assert math.isclose(over_seeds.spearman([1, 2, 3, 4], [1, 8, 9, 100]), 1) and math.isclose(over_seeds.spearman([1, 2, 3], [1, 3, 2]), 0.5)
+
+
+def test_settings_of_the_findings_are_all_used_and_train_takes_them(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert set(findings.SETTINGS) == {name for finding in findings.FINDINGS.values() for name in finding.names}
+    assert list(findings.FINDINGS) == list(range(1, 15)) and len(findings.SEEDS) >= 3
+    configs = {name: vars(train.parse(flags.split())) for name, flags in findings.SETTINGS.items()}
+    assert len({json.dumps(config | {"name": ""}) for config in configs.values()}) == len(configs)  # no two alike
+    for name, config in configs.items():
+        assert config["method"] == name.split("-")[0] and config["prompts_per_step"] == 64
+
+
+def test_a_run_for_a_table_is_resumed_kept_and_not_run_again(monkeypatch, tmp_path):
+    """train.py stands in as a function that does two steps at a time, as if stopped by SIGTERM, and leaves a checkpoint."""
+    calls, (runs, results) = [], (tmp_path / "runs", tmp_path / "results")
+    for folder in (runs / "a-seed1", results):
+        folder.mkdir(parents=True)
+
+    def two_steps(command, **_):
+        calls.append(command)
+        (runs / "a-seed1" / f"checkpoint-{2 * len(calls)}").mkdir()
+        (runs / "a-seed1" / "config.json").write_text('{"steps": 4}')
+        rows = [{"step": i, "reward/mean": i / 3, "eval/auroc": 1 / 7, "policy/log_prob_mean": -1.0} for i in range(2 * len(calls) + 1)]
+        (runs / "a-seed1" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    made, settings = [], {"a": ["--model", "tiny-mini"]}
+    monkeypatch.setattr(compare.subprocess, "run", two_steps)
+    monkeypatch.setattr(tiny, "base_model", lambda size: made.append(size))
+    with pytest.raises(SystemExit, match="a-seed1 was stopped"):
+        compare.run_all(settings, [1], runs, results, 1)
+    rows = compare.run_all(settings, [1], runs, results, 1)["a"][0]
+    assert [("--overwrite" in call, "--resume" in call) for call in calls] == [(True, False), (False, True)]
+    assert all({"tiny-mini", "--seed", "a-seed1", str(runs)} <= set(call) for call in calls)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4] and rows[4] == {"step": 4, "reward/mean": 1.333, "eval/auroc": 0.1429}
+    assert rows[1]["policy/log_prob_mean"] == -1  # of step 1 everything is kept
+    assert compare.run_all(settings, [1], runs, results, 1)["a"][0] == rows and len(calls) == 2 == len(made)
 
 
 # ---- teaching: the README's exercises --------------------------------------------------------------------------------

@@ -25,9 +25,9 @@ NUMBERS, TARGETS = range(1, 14), range(1, 100)
 PAD, EOS = "<pad>", "<eos>"            # pad is not EOS: a mask made from `ids != pad` would lose the EOS tokens
 VOCAB = {token: i for i, token in enumerate([PAD, EOS, *"0123456789+-*()=: "])}
 SIZES = {  # parameters: 0.21 M, 0.86 M, 2.9 M
-    "mini": dict(hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=2),
+    "tiny-mini": dict(hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=2),
     "tiny": dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4),
-    "small": dict(hidden_size=192, intermediate_size=576, num_hidden_layers=6, num_attention_heads=6),
+    "tiny-small": dict(hidden_size=192, intermediate_size=576, num_hidden_layers=6, num_attention_heads=6),
 }
 # The defaults, 0.02 and 10,000, are for wide models and long texts. Here they cost a little: after 800 steps the loss
 # is 0.590 with the one and 0.587 with the other, against 0.577 (one seed).

@@ -47,7 +47,7 @@ def flag(default, help):
 @dataclass
 class Data:
     _argument_group_name = "policy and data"
-    model: str = flag("tiny", "Hugging Face folder or hub name; tiny: the base policy of tiny.py, with its settings")
+    model: str = flag("tiny", "Hugging Face folder or hub name; tiny, tiny-mini, tiny-small: of tiny.py, with its settings")
     data: list[str] = flag(["countdown"], "training problems: .jsonl, .parquet, hub names; countdown: those of tiny.py")
     num_prompts: int = flag(0, "train on so many of the problems, nested subsets by --seed (0: all)")
     max_prompt_len: int = flag(2048, "longest prompt in tokens; a longer one is an error")
@@ -136,10 +136,10 @@ def parse(argv):
     parser = HfArgumentParser([Data, Method, Training, Run], usage="train.py --method METHOD [options]",
                               description=__doc__.splitlines()[0] + " Defaults are shown for the --model given.",
                               formatter_class=OneLine, allow_abbrev=False)
-    if parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].model == "tiny":
+    if parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].model in tiny.SIZES:
         parser.set_defaults(**tiny.DEFAULTS)
     cfg, world = parser.parse_args(argv), int(os.environ["WORLD_SIZE"])
-    if cfg.model == "tiny":
+    if cfg.model in tiny.SIZES:
         cfg.knobs = tiny.KNOBS.get(cfg.method, []) + cfg.knobs
     parse_knobs(cfg.method, cfg.knobs)
     cfg.engine = resolve_engine(cfg.engine, cfg.rollout_tp)
@@ -210,7 +210,7 @@ def main(argv=None):
         cfg = parse(sys.argv[1:] if argv is None else argv)
         train_sets = verify.load_sets(cfg.data if cfg.steps else [], "train")
         eval_sets = verify.load_sets([name for name in cfg.eval_data if name != "none"], "test")
-        if cfg.model != "tiny":
+        if cfg.model not in tiny.SIZES:
             AutoConfig.from_pretrained(cfg.model, trust_remote_code=cfg.trust_remote_code)  # a wrong name is found here
     cuda, local_rank = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -220,10 +220,10 @@ def main(argv=None):
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     rank, folder = dist.get_rank(), Path(cfg.out, cfg.name)
 
-    if cfg.model == "tiny" and rank == 0:
-        tiny.base_model()  # made once; the other ranks wait, then find it
+    if cfg.model in tiny.SIZES and rank == 0:
+        tiny.base_model(size=cfg.model)  # made once; the other ranks wait, then find it
     dist.barrier()
-    base = tiny.base_model() if cfg.model == "tiny" else cfg.model
+    base = tiny.base_model(size=cfg.model) if cfg.model in tiny.SIZES else cfg.model
     with clear_errors():
         trust = dict(trust_remote_code=cfg.trust_remote_code)
         tokenizer, longest = AutoTokenizer.from_pretrained(base, **trust), cfg.max_prompt_len + cfg.max_response_len

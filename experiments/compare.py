@@ -28,32 +28,56 @@ PANELS = {"entropy/response_mean": "policy entropy (nats per token)", "eval/pass
           "eval/pass@8": "test pass@8"}
 
 
+def finished(folder):
+    rows = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
+    return bool(rows) and rows[-1]["step"] == json.loads((folder / "config.json").read_text())["steps"]
+
+
 def run(name, flags, runs, results):
     """train.py with these flags beside the default ones, in one thread, in the folder runs; resumed if it was
-    interrupted. Its metrics, compact, are kept as results/NAME.jsonl, and with that file it is not run. Returns them."""
+    interrupted. Keeps its metrics, compact, as results/NAME.jsonl, and where that exists does not run. Returns them."""
     folder, file = runs / name, results / f"{name}.jsonl"
     if not file.exists():
-        if not (folder / "curves.png").exists():  # the last thing that a run writes
+        if not finished(folder):
             command = [sys.executable, "train.py", *flags, "--out", str(runs), "--name", name]
             command += ["--resume"] if list(folder.glob("checkpoint-*")) else ["--overwrite"]
             with open(runs / f"{name}.log", "a") as log:
                 subprocess.run(command, check=True, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            if not finished(folder):  # SIGTERM: exit code 0, with a checkpoint
+                raise SystemExit(f"{name} was stopped; the same command goes on with it")
         rows = [{key: float(f"{value:.4g}") for key, value in row.items()
                  if key in KEPT or key.startswith("eval/") or row["step"] == 1} for row in read_metrics(folder)]
         write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
     return read_metrics(file)
 
 
-def table(runs):
+def run_all(settings, seeds, runs, results, workers):
+    """{name: [rows of each seed]} of settings {name: flags}; the first seed of all, then the second, with a bar."""
+    for folder in (runs, results):
+        folder.mkdir(parents=True, exist_ok=True)
+    to_run = [words for name, words in settings.items()
+              if not all((results / f"{name}-seed{seed}.jsonl").exists() for seed in seeds)]
+    models = {words[words.index("--model") + 1] if "--model" in words else "tiny" for words in to_run}
+    for size in models & set(tiny.SIZES):
+        tiny.base_model(size=size)  # once, before two runs look for it
+    one = lambda name, seed: run(f"{name}-seed{seed}", [*settings[name], "--seed", str(seed)], runs, results)
+    wanted = [(name, seed) for seed in seeds for name in settings]
+    with ThreadPoolExecutor(workers) as pool:
+        rows = dict(zip(wanted, tqdm(pool.map(one, *zip(*wanted)), "runs", len(wanted))))
+    return {name: [rows[name, seed] for seed in seeds] for name in settings}
+
+
+def table(runs, seeds):
     """Markdown: the last evaluation, the entropy of the last ten steps, seconds per step; best pass@1 first."""
     lines = ["| method | seed | pass@1 | pass@8 | entropy, last 10 steps | reward, last 10 steps | s/step (median) |",
              "|---|---|---|---|---|---|---|"]
     tail = lambda rows, key: np.mean([row[key] for row in rows[-10:]])
-    for (method, seed), rows in sorted(runs.items(), key=lambda item: -item[1][-1]["eval/pass@1"]):
-        lines.append(f"| `{method}` | {seed} | {rows[-1]['eval/pass@1']:.3f} | {rows[-1]['eval/pass@8']:.3f} | "
+    ends = [(rows[-1]["eval/pass@1"], method, seed, rows) for method in runs for seed, rows in zip(seeds, runs[method])]
+    for right, method, seed, rows in sorted(ends, key=lambda end: -end[0]):
+        lines.append(f"| `{method}` | {seed} | {right:.3f} | {rows[-1]['eval/pass@8']:.3f} | "
                      f"{tail(rows, 'entropy/response_mean'):.3f} | {tail(rows, 'reward/mean'):.3f} | "
                      f"{np.median([row['time/step_s'] for row in rows[1:]]):.2f} |")
-    first = next(iter(runs.values()))[0]
+    first = ends[0][3][0]
     lines.append(f"| the base | | {first['eval/pass@1']:.3f} | {first['eval/pass@8']:.3f} | | | |")
     return "\n".join(lines)
 
@@ -64,21 +88,13 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     args = parser.parse_args()
-    RUNS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "compare").mkdir(parents=True, exist_ok=True)
-    tiny.base_model()  # once, before the runs look for it
-    wanted = [(method, seed) for seed in args.seeds for method in args.methods]
-    with ThreadPoolExecutor(args.workers) as pool:
-        one = lambda method, seed: run(f"{method}-seed{seed}", ["--method", method, "--seed", str(seed)], RUNS,
-                                       RESULTS / "compare")
-        rows = list(tqdm(pool.map(one, *zip(*wanted)), "runs", len(wanted)))
-    runs = dict(zip(wanted, rows))
+    settings = {method: ["--method", method] for method in args.methods}
+    runs = run_all(settings, args.seeds, RUNS, RESULTS / "compare", args.workers)
     name = "-".join(args.methods) if args.methods != list(METHODS) else "methods"
-    text = table(runs)
+    text = table(runs, args.seeds)
     (RESULTS / f"{name}.md").write_text(f"`python -m experiments.compare {' '.join(sys.argv[1:])}`\n\n{text}\n")
     if len(args.methods) <= 8:  # more lines than that nobody can read
-        seeds = {method: [runs[method, seed] for seed in args.seeds] for method in args.methods}
-        plot_curves(seeds, RESULTS / f"{name}.png", PANELS)
+        plot_curves(runs, RESULTS / f"{name}.png", PANELS)
     print(text)
 
 

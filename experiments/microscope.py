@@ -8,6 +8,7 @@ A rollout batch of the default (64 prompts × 8 answers), a step, a forward agai
 measured mean square, so that an estimate of 0 has 1. Mean and range over the batches.
 """
 import copy
+import json
 import sys
 from pathlib import Path
 
@@ -68,8 +69,8 @@ def compare(e, m):
 
 
 def measure(folder, lr):
-    """{(step, estimate): (seeds, COLUMNS)}, a line per batch."""
-    rows, notes = {}, ""
+    """{(step, estimate): (seeds, COLUMNS)}, a line per batch, and of the last batch {step: (exact, measured)}."""
+    rows, notes, clouds = {}, "", {}
     for seed in SEEDS:
         batch, policy, cfg = batch_and_policy(folder, seed)
         old = score_all(policy, batch, MICROSCOPE, 10**6, 1)
@@ -82,37 +83,54 @@ def measure(folder, lr):
             kept = (batch["advantages"] != 0) & ~change.isnan()
             m = change[kept].double().numpy()
             notes += f" {step} {np.sqrt(np.mean(m**2)):.1e} ({len(m):,} tokens)"
+            clouds[step] = found["exact"][kept].double().numpy(), m
             for name, x in found.items():
                 rows.setdefault((step, name), []).append(compare(x[kept].double().numpy(), m))
-    return {key: np.array(values) for key, values in rows.items()}, notes
+    return {key: np.array(values) for key, values in rows.items()}, notes, clouds
 
 
-def figure(rows):
-    """Pearson and Spearman of every estimate and step on the base, mean and range over the batches."""
-    canvas, axes = plt.subplots(1, 2, figsize=(10, 3.8), constrained_layout=True)
-    for column, axis in enumerate(axes):
+def figure(rows, clouds):
+    """On the base: Pearson and Spearman of every estimate and step, mean and range over the batches; below, a batch's
+    tokens. Those axes are linear near 0 and logarithmic beyond, as a few tokens are far out."""
+    canvas, axes = plt.subplot_mosaic([["Pearson"] * 3 + ["Spearman"] * 3, [s for s in STEPS for _ in range(2)]],
+                                      figsize=(10, 7), constrained_layout=True)
+    for column in range(2):
+        axis = axes[COLUMNS[column]]
         for i, name in enumerate(dict.fromkeys(name for _, name in rows)):
             r = np.array([rows[step, name][:, column] for step in STEPS])
             spread, places = (r.mean(1) - r.min(1), r.max(1) - r.mean(1)), np.arange(len(STEPS)) + 0.2 * (i - 1.5)
             axis.bar(places, r.mean(1), 0.19, yerr=spread, capsize=3, label=name)
         axis.set(xticks=range(3), xticklabels=STEPS, ylim=(0, 1), title=f"{COLUMNS[column]}, estimated and measured")
         axis.grid(axis="y", alpha=0.3)
-    axes[1].legend(fontsize=9)
+    axes["Spearman"].legend(fontsize=9)
+    for step, (estimate, measured) in clouds.items():
+        estimate, measured = (x / np.sqrt(np.mean(x**2)) for x in (estimate, measured))
+        axes[step].plot(estimate, measured, ".", markersize=3, alpha=0.4)
+        axes[step].set_xscale("symlog", linthresh=0.01)
+        axes[step].set_yscale("symlog", linthresh=0.01)
+        axes[step].set(xticks=(-10, -0.1, 0, 0.1, 10), yticks=(-10, -0.1, 0, 0.1, 10))
+        axes[step].set(title=f"step: {step}", xlabel="exact estimate / root mean square")
+        axes[step].grid(alpha=0.3)
+    axes["token"].set_ylabel("measured dH / root mean square")
     canvas.savefig(RESULTS / "microscope.png", dpi=120)
 
 
 def main():
     dist.init_process_group("gloo")
     text = f"`python -m experiments.microscope {' '.join(sys.argv[1:])}`\n\n{__doc__.split(chr(10) * 2)[2]}"
+    numbers = {}
     for folder in (tiny.base_model(), *sys.argv[1:]):  # a trained policy is more sensitive: a smaller step
-        rows, notes = measure(folder, 1e-4 if folder in sys.argv else 1e-3)
-        folder in sys.argv or figure(rows)
-        text += f"\n## {folder if folder in sys.argv else 'the tiny base'}\n{notes}\n\n"
-        text += f"| step | estimate | {' | '.join(COLUMNS)} |\n{'|---' * 6}|\n"
-        for key, v in rows.items():
+        rows, notes, clouds = measure(folder, 1e-4 if folder in sys.argv else 1e-3)
+        folder in sys.argv or figure(rows, clouds)
+        where = folder if folder in sys.argv else "the tiny base"
+        text += f"\n## {where}\n{notes}\n\n| step | estimate | {' | '.join(COLUMNS)} |\n{'|---' * 6}|\n"
+        for (step, name), v in rows.items():
             cells = [f"{x.mean():.3f} ({x.min():.3f} to {x.max():.3f})" for x in v.T]
-            text += f"| {' | '.join([*key, *cells])} |\n"
+            text += f"| {' | '.join([step, name, *cells])} |\n"
+            batches = [dict(zip(COLUMNS, np.round(batch, 4).tolist())) for batch in v]
+            numbers.setdefault(where, {}).setdefault(step, {})[name] = batches
     (RESULTS / "microscope.md").write_text(text)
+    (RESULTS / "microscope.json").write_text(json.dumps(numbers, indent=1))
     print(text)
 
 
