@@ -44,7 +44,7 @@ import rollout
 import tiny
 import train
 import verify
-from experiments import compare, findings, over_seeds, scaling, scaling_measured
+from experiments import compare, difficulty, findings, over_seeds, scaling, scaling_measured
 from experiments.make_model import make_model
 from losses import METHODS, group_advantages, importance_ratio, k3, ppo_surrogate, scale_gradient, token_covariance, token_mean
 from verify import RULES, Problem, judge_countdown, judge_math, load_problems, outcomes, pass_at_k, render, score
@@ -1710,6 +1710,12 @@ def test_microscope_by_hand():
     cov = token_covariance(p.log(), A, mask)[mask]
     assert math.isclose(m["policy/cov_mean"], cov.mean(), rel_tol=1e-5, abs_tol=1e-7)
     assert math.isclose(m["policy/cov_top_0.2"], cov.max(), rel_tol=1e-5)
+    many, A = torch.rand(50, 100).clamp(min=1e-3), torch.randn(50, 1).expand(50, 100)
+    old = dict(log_probs=many.log(), token_entropy=many, sum_p2=many, sum_p2_log_p=many)
+    m = entropy.measure(old, A, many > 0, lambda x: x.double(), group_accuracy=many, group_size=2)
+    cov = token_covariance(many.log(), A, many > 0).flatten().sort(descending=True).values
+    for share in over_seeds.TOP_SHARES:
+        assert math.isclose(m[f"policy/cov_top_{share}"], cov[:round(5000 * float(share))].mean(), rel_tol=1e-5)
 
 
 def test_estimates_of_the_entropy_change_against_the_measured_one():
@@ -2550,14 +2556,105 @@ def test_the_commands_on_paper_parse_and_32b_needs_two_nodes(monkeypatch, tmp_pa
 
 def test_numbers_over_seeds_by_hand():
     assert over_seeds.column([{"a": 1}, {"b": 5}, {"a": 2}, {"a": 6}], "a", smooth=2).tolist() == [1.5, 4]
-    rows = [{"step": 0, "x": 7.0}, *({"step": i, over_seeds.H: 10.0 - i // 10} for i in range(40)), {"x": 8.0}]
-    assert [over_seeds.at(part)(rows) for part in ("start", "end")] == [10, 7] and over_seeds.kept(rows) == 0.7
-    assert [over_seeds.at(part, "x")(rows) for part in ("base", "last")] == [7, 8]
+    with pytest.raises(ValueError, match="no row has the metric b"):
+        over_seeds.column([{"a": 1}], "b")
+    rows = [{"step": 0, over_seeds.RIGHT: 0.5}, *({"step": i, over_seeds.H: 10.0 - i // 10} for i in range(1, 40)), {over_seeds.RIGHT: 0.75}]
+    assert [over_seeds.at(part)(rows) for part in ("first", "end")] == [10, 7] and over_seeds.kept(rows) == 0.7
+    assert [over_seeds.at(part, over_seeds.RIGHT)(rows) for part in ("first", "last")] == [0.5, 0.75] and over_seeds.gain(rows) == 0.25
+    assert over_seeds.after_updates(80, 4)(rows) == (9 + 9 + 8 + 8 + 8) / 5                # steps 18 to 22
+    half = [{"step": 0, "x": 1.0}, {"step": 50, "x": 4.0}, {"step": 100, "x": 5.0}]
+    assert over_seeds.share_made(1 / 2, "x")(half) == 0.75 and over_seeds.share_made(1 / 4, "x")(half) == 0.375
     found = {"low": [1, 2, 3], "mid": [2, 3, 4], "high": [5, 6, 7]}
     assert over_seeds.rising(found, "low", "mid", "high") and not over_seeds.rising(found, "mid", "low", "high")
-    assert over_seeds.above(found, "high", "mid") and not over_seeds.above(found, "mid", "low")
-    assert over_seeds.told({"a": [1, 2, 6], "b": [0.5]}) == "a 3.000 (1.000 to 6.000); b 0.500"
+    assert over_seeds.above(found, "high") and over_seeds.above(found, "high", "mid") and not over_seeds.above(found, "mid", "low")
+    assert over_seeds.below(found, "mid", "high") and not over_seeds.below(found, "low") and not over_seeds.below(found, "high", "low")
+    assert over_seeds.told({"a": [1, 2, 6], "b": [0.5]}) == "a 3.000 (1.000 to 6.000); b 0.500" and over_seeds.flat(found)[2:4] == [3, 2]
     assert math.isclose(over_seeds.spearman([1, 2, 3, 4], [1, 8, 9, 100]), 1) and math.isclose(over_seeds.spearman([1, 2, 3], [1, 3, 2]), 0.5)
+    assert math.isclose(over_seeds.spearman([1, 1, 2], [5, 7, 9]), math.sqrt(3) / 2)       # the tie's ranks are 1.5 and 1.5
+
+
+def made_up(h=lambda t: 1 - t / 200, right=lambda t: 0.1 + t / 500, steps=100, **more):
+    """Three seeds of a run: H, pass@1 and further metrics, NAME_OF: a constant or a function of the step and the seed."""
+    def row(t, seed):
+        metrics = {"entropy/response_mean": h(t), "reward/mean": right(t), **({"eval/pass@1": right(t), "eval/entropy": h(t)} if t % 10 == 0 else {})}
+        metrics |= {name.replace("__", "/").replace("64", "@64").replace("_0", "_0."): value(t, seed) if callable(value) else value
+                    for name, value in more.items()}
+        return {"step": t} | {name: value + 1e-4 * seed for name, value in metrics.items() if t or name.startswith("eval/")}
+    return [[row(t, seed) for t in range(steps + 1)] for seed in range(3)]
+
+
+def ends(h, right={}, **more):
+    """{name: made-up seeds} with H falling or rising to h[name] at step 90, and the last pass@1 of right."""
+    line = lambda end: lambda t: 1 + (end - 1) * min(t, 90) / 90
+    return {name: made_up(line(end), (lambda last: lambda t: 0.1 + (last - 0.1) * t / 100)(right.get(name, 0.3)),
+                          **{metric: values[name] for metric, values in more.items() if name in values}) for name, end in h.items()}
+
+
+def claims_hold(number):
+    """Two sets of made-up runs: one in which every claim of the finding holds, one in which none does."""
+    names = findings.FINDINGS[number].names
+    if number == 1:
+        fast, slow = (lambda t, k=k: math.exp(-t / k) for k in (2, 1e6))
+        return [{name: made_up(h, lambda t, h=h: 0.5 - h(t) / 4) for name in names} for h in (fast, slow)]
+    if number == 2:
+        slopes = [dict.fromkeys(names, 0.2) | {"grpo-easy": 0.3}, dict.fromkeys(names, 0.2) | {"grpo-no-std": 0.3}]
+        noise = [lambda t: 0, lambda t: t // 10 % 2 + 3 * (t > 20)]
+        return [{name: made_up(right=lambda t, a=a[name], e=e: 2 * a - a * math.exp(1 - t / 200) + e(t)) for name in names} for a, e in zip(slopes, noise)]
+    if number == 3:
+        wave = lambda t, _: 1 + math.sin(t / 8)
+        sides = [(wave, (1, 2, 3)), (lambda t, _: -wave(t, 0), (3, 2, 1))]
+        return [{names[0]: made_up(policy__group_cov_mean=mean, entropy__change_measured=lambda t, _: -wave(t, 0), policy__group_cov_hard=parts[0],
+                                   policy__group_cov_mid=parts[1], policy__group_cov_easy=parts[2])} for mean, parts in sides]
+    if number == 4:
+        return [{"grpo": made_up(policy__cov_top_00002=9, policy__cov_top_0002=top, policy__cov_top_002=1, policy__cov_top_02=0.5, policy__cov_mean=0)}
+                for top in (3, 2)]
+    if number == 7:
+        return [{}, {}]
+    if number == 14:
+        h = {name: 0.2 + 0.05 * i for i, name in enumerate(names)}
+        tied = [{name: sign * h[name] for name in names} for sign in (1, -1)]
+        right = [{name: 0.3 + 0.01 * (5 * i % 7) for i, name in enumerate(names)} | {"grpo": 0.2}, {name: 0.3 + h[name] / 4 for name in names} | {"grpo": 0.9}]
+        return [ends(h, r, response__ngram_diversity=up, eval__conf_wrong=down, eval__conf_gap=up, eval__ece=down)
+                for r, up, down in zip(right, tied, tied[::-1])]
+    updates = {name: 0.5 - 0.01 * i for i, name in enumerate(names)}
+    good, bad = {
+        5: (({"grpo": 0.3, "entropy_bonus-0.001": 0.3001, "entropy_bonus-0.01": 0.4, "entropy_bonus-0.1": 3, "kl_loss-0.1": 0.4, "kl_loss-1": 0.5},
+             {"grpo": 0.4, "kl_loss-0.1": 0.3, "kl_loss-1": 0.2}), ({name: 0.3 + 0.1 * (name == "grpo") for name in names}, {})),
+        6: (({name: 0.02 + 0.2 * (i and 1 + (i - 1) % 3) for i, name in enumerate(names)}, {"grpo": 0.1}),
+            ({name: 0.3 - 0.1 * (i and 1) for i, name in enumerate(names)}, {"grpo": 0.9})),
+        8: (({"grpo": 0.5, **{f"quadrant-{q}": 0.6 if q in ("pos_likely", "neg_rare") else 0.4 for q in findings.WEAKENED}},),
+            ({"grpo": 0.5, **{f"quadrant-{q}": 0.4 if q in ("pos_likely", "neg_rare") else 0.6 for q in findings.WEAKENED}},)),
+        9: (({name: 0.95 if name == "steer-unclipped" else 0.3 for name in names}, {"steer-unclipped": 0.5}), ({name: 0.3 for name in names},)),
+        10: ((updates | {"entropy_bonus-0.1": 3, "entropy_bonus-0.1-updates-1": 2}, {"grpo": 0.4}), ({name: 1 - h for name, h in updates.items()},)),
+        11: (({name: 0.2 + 0.1 * i for i, name in enumerate(names)},), ({name: 0.5 - 0.1 * i for i, name in enumerate(names)}, {"grpo-prompts-256": 0.2})),
+        12: (({name: {"grpo-wide": 0.1, "clip_higher": 0.4, "grpo-tight": 0.4}.get(name, 0.3) for name in names},),
+             ({name: {"grpo-wide": 0.4, "clip_higher": 0.2, "grpo-tight": 0.2}.get(name, 0.3) for name in names},)),
+        13: (({"grpo": 0.3, "quadrant-positive": 0.1, "par-0": 0.95, "par-0.5": 0.5, "par": 0.37},),
+             ({"grpo": 0.3, "quadrant-positive": 0.6, "par-0": 0.2, "par-0.5": 0.25, "par": 0.1},))}[number]
+    more = dict(zip(findings.UPDATES, (0.8, 0.75, 0.7, 0.65))) | {"entropy_bonus-0.1": 0, "entropy_bonus-0.1-updates-1": 0}
+    pass64 = lambda sign: {"eval__pass64": {name: sign * value for name, value in more.items()}} if number == 10 else {}
+    good, bad = ends(*good, **pass64(1)), ends(*bad, **pass64(-1))
+    if number == 10:  # more updates, less entropy after as many steps: a run of 8 falls over 12 rollout batches what one of 1 falls over 96
+        for runs, sign in ((good, 1), (bad, -1)):
+            for rows, (name, n) in ((rows, item) for item in findings.UPDATES.items() for rows in runs[item[0]]):
+                for row in rows[1:60]:
+                    row["entropy/response_mean"] = 1 - sign * 0.01 * n * row["step"] * n
+    return [good, bad]
+
+
+@pytest.mark.parametrize("number", range(1, 15))
+def test_each_claim_holds_in_runs_made_to_show_it_and_fails_in_runs_made_against_it(number, monkeypatch, tmp_path):
+    monkeypatch.setattr(findings, "RESULTS", tmp_path / "findings")
+    for runs, expected in zip(claims_hold(number), (True, False)):
+        batches = {name: [{"Pearson": sign * i, "Spearman": sign * i} for sign in [1 if expected else -1] for _ in range(3)]
+                   for i, name in enumerate(("covariance", "steer released", "steer theorem", "exact"))}
+        (tmp_path / "microscope.json").write_text(json.dumps({"base": {"sgd": batches, "adamw": batches}}))
+        rows = over_seeds.table_rows(number, findings.FINDINGS[number], runs)
+        verdicts = [line.split(" | ")[-1] == "holds |" for line in rows.splitlines()]
+        assert verdicts and set(verdicts) == {expected}, rows
+        if findings.FINDINGS[number].draw and expected:
+            findings.FINDINGS[number].draw(runs, tmp_path / "figure.png")
+            assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
 def test_settings_of_the_findings_are_all_used_and_train_takes_them(monkeypatch, tmp_path):
@@ -2565,7 +2662,8 @@ def test_settings_of_the_findings_are_all_used_and_train_takes_them(monkeypatch,
     assert set(findings.SETTINGS) == {name for finding in findings.FINDINGS.values() for name in finding.names}
     assert list(findings.FINDINGS) == list(range(1, 15)) and len(findings.SEEDS) >= 3
     configs = {name: vars(train.parse(flags.split())) for name, flags in findings.SETTINGS.items()}
-    assert len({json.dumps(config | {"name": ""}) for config in configs.values()}) == len(configs)  # no two alike
+    trained = {json.dumps({key: value for key, value in config.items() if "eval" not in key and key != "name"}) for config in configs.values()}
+    assert len(trained) == len(configs)  # no two train alike
     for name, config in configs.items():
         assert config["method"] == name.split("-")[0] and config["prompts_per_step"] == 64
 
@@ -2590,10 +2688,35 @@ def test_a_run_for_a_table_is_resumed_kept_and_not_run_again(monkeypatch, tmp_pa
         compare.run_all(settings, [1], runs, results, 1)
     rows = compare.run_all(settings, [1], runs, results, 1)["a"][0]
     assert [("--overwrite" in call, "--resume" in call) for call in calls] == [(True, False), (False, True)]
-    assert all({"tiny-mini", "--seed", "a-seed1", str(runs)} <= set(call) for call in calls)
+    assert all({"tiny-mini", "a-seed1", str(runs)} <= set(call) and call[call.index("--seed") + 1] == "1" for call in calls)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4] and rows[4] == {"step": 4, "reward/mean": 1.333, "eval/auroc": 0.1429}
     assert rows[1]["policy/log_prob_mean"] == -1  # of step 1 everything is kept
     assert compare.run_all(settings, [1], runs, results, 1)["a"][0] == rows and len(calls) == 2 == len(made)
+    with pytest.raises(ValueError, match="runs a with --model tiny-mini, not --lr 1: delete a-seed"):
+        compare.run_all({"a": ["--lr", "1"]}, [1], runs, results, 1)
+    ran = []
+    monkeypatch.setattr(compare, "run", lambda name, flags, *_: ran.append(name) or name)
+    assert compare.run_all({"b": [], "c": []}, [0, 1], runs, results, 1) == {name: [f"{name}-seed0", f"{name}-seed1"] for name in "bc"}
+    assert ran == ["b-seed0", "c-seed0", "b-seed1", "c-seed1"]
+
+
+def test_difficulty_splits_the_problems_by_what_the_base_solves(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tiny, "TRAINING", tiny.TRAINING | dict(steps=3, batch=4))
+    monkeypatch.setattr(tiny, "PROBLEMS", dict(train=20, test=5))
+    problems, drawn = tiny.problems("train", 20), []
+
+    def answer(engine, tokenizer, problems, prompts, seeds, *, n, **_):                # the base is right in every third problem
+        drawn.append((n, [b - a for a, b in zip(seeds, seeds[1:])]))
+        return [[{"group_accuracy": 0.5 if i % 3 == 0 else 0.0}] * n for i in range(len(problems))]
+
+    monkeypatch.setattr(difficulty, "answer", answer)
+    difficulty.main()
+    assert drawn == [(16, [16] * 19)]
+    easy, hard = (load_problems(path) for path in difficulty.FILES.values())
+    assert easy == [problems[i] for i in (0, 1, 2, 3, 4, 6, 9, 12, 15, 18)] and sorted(easy + hard, key=problems.index) == problems
+    difficulty.main()                                                                  # both are there: nothing is sampled
+    assert len(drawn) == 1
 
 
 # ---- teaching: the README's exercises --------------------------------------------------------------------------------

@@ -172,9 +172,8 @@ def microscope(folder, rounds=5):
 def verifier(folder):
     """4,096 integer answers, one in eight right."""
     problems = [verify.Problem("", str(i), "math") for i in range(4096)]
-    texts = [f"It follows that the answer is \\boxed{{{i + i % 8}}}." for i in range(4096)]
     start = time.perf_counter()
-    verify.score(problems, texts)
+    verify.score(problems, [f"It follows that the answer is \\boxed{{{i + i % 8}}}." for i in range(4096)])
     report("verifier, integers, against 1 ms", [(time.perf_counter() - start) / 4.096], [1.0], "wall ms per answer")
 
 
@@ -183,13 +182,12 @@ def first_step(folder, rounds=3):
     tiny.base_model()
     command, seconds = [sys.executable, "-m", "torch.distributed.run", "train.py", "--overwrite", "--out", folder], []
     for name in map(str, range(rounds)):
-        start, metrics = time.perf_counter(), folder / name / "metrics.jsonl"
-        run = subprocess.Popen([*command, "--name", name], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not (metrics.exists() and '"step": 1' in metrics.read_text()):
-            time.sleep(0.05)
-        seconds.append(time.perf_counter() - start)
-        run.terminate()  # torchrun ends its rank; killed, it would leave it running
-        run.wait()
+        metrics, start = folder / name / "metrics.jsonl", time.perf_counter()
+        with subprocess.Popen([*command, "--name", name], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+            while not (metrics.exists() and '"step": 1' in metrics.read_text()):
+                time.sleep(0.05)
+            seconds.append(time.perf_counter() - start)
+            run.terminate()  # torchrun ends its rank; killed, it would leave it running
     report("first_step of the default command, against 15 s", seconds, [15.0] * rounds, "wall s")
 
 

@@ -52,9 +52,19 @@ def run(name, flags, runs, results):
 
 
 def run_all(settings, seeds, runs, results, workers):
-    """{name: [rows of each seed]} of settings {name: flags}; the first seed of all, then the second, with a bar."""
+    """{name: [rows of each seed]} of settings {name: flags}; the first seed of all, then the second, with a bar.
+
+    results/settings.json remembers the flags: ValueError if runs of other flags are there under a name."""
     for folder in (runs, results):
         folder.mkdir(parents=True, exist_ok=True)
+    noted, known = results / "settings.json", {}
+    if noted.exists():
+        known = json.loads(noted.read_text())
+    for name, words in settings.items():
+        if known.get(name, words) != words:
+            raise ValueError(f"{results} has runs {name} with {' '.join(known[name])}, not {' '.join(words)}: delete "
+                             f"{name}-seed*.jsonl there and its line in settings.json, and {runs / name}-seed*")
+    write_whole(noted, json.dumps(known | settings, indent=1))
     to_run = [words for name, words in settings.items()
               if not all((results / f"{name}-seed{seed}.jsonl").exists() for seed in seeds)]
     models = {words[words.index("--model") + 1] if "--model" in words else "tiny" for words in to_run}

@@ -11,12 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 import verify
+from record import write_whole
 
 FILES = {half: Path(f"runs/difficulty-{half}.jsonl") for half in ("easy", "hard")}
 
 
 def main(n=16):
-    if FILES["hard"].exists():
+    if all(path.exists() for path in FILES.values()):
         return
     folder = tiny.base_model()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -32,7 +33,7 @@ def main(n=16):
     for half, chosen in (("easy", order[:len(order) // 2]), ("hard", order[len(order) // 2:])):
         rows = [{"prompt": problems[i].prompt, "reward_model": {"ground_truth": json.loads(problems[i].answer)}}
                 for i in sorted(chosen)]
-        FILES[half].write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_whole(FILES[half], "".join(json.dumps(row) + "\n" for row in rows))
         print(f"{FILES[half]}: {len(rows)} problems, the base solves {sum(solved[i] for i in chosen) / len(rows):.3f}")
 
 

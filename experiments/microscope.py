@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 
 import tiny, verify
 from entropy import MICROSCOPE, build_policy, estimates, score_all
+from experiments.over_seeds import spearman
 from rollout import collate, full_tensors, make_engine, rollout_batch
 
 SEEDS, RESULTS, TOKENS = (0, 1, 2), Path("experiments/results"), 300
@@ -61,11 +62,8 @@ def entropy_changes(policy, batch, old, step, cfg, lr):
 
 def compare(e, m):
     """COLUMNS for an estimate and the measured changes of n tokens. Equal contexts change alike: ties share a rank."""
-    def ranks(x):
-        _, place, count = np.unique(x, return_inverse=True, return_counts=True)
-        return (count.cumsum() - count / 2)[place]
     error = np.mean((m - e * (e @ m) / (e @ e)) ** 2) / np.mean(m**2)
-    return np.corrcoef(e, m)[0, 1], np.corrcoef(ranks(e), ranks(m))[0, 1], error, np.mean(e * m > 0)
+    return np.corrcoef(e, m)[0, 1], spearman(e, m), error, np.mean(e * m > 0)
 
 
 def measure(folder, lr):

@@ -1,61 +1,147 @@
 """Numbers and figures of runs over their seeds, for experiments/findings.py.
 
-runs: {name: [rows of metrics of each seed]}; found: {name: [one number per seed]}.
+rows: the metrics of a run, one dict per step; runs: {name: [rows of each seed]}; found: {name: [a number per seed]}.
 """
 import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from entropy import fit_law, law_points
+from entropy import fit_law, law_forecast
 from record import line_styles, plot_curves
 
-H, REWARD, RIGHT = "entropy/response_mean", "reward/mean", "eval/pass@1"
-NATS, TOP_SHARES = "policy entropy (nats per token)", ("0.0002", "0.002", "0.02", "0.2")
-LAW_PANELS = (("grpo", "grpo-no-std", "w_reinforce-1"), ("grpo", "grpo-easy", "grpo-hard"),
-              ("grpo-mini", "grpo", "grpo-small"))
+H, REWARD, RIGHT, NATS = "entropy/response_mean", "reward/mean", "eval/pass@1", "policy entropy (nats per token)"
+TOP_SHARES = ("0.0002", "0.002", "0.02", "0.2")
+LAW_PANELS = {"algorithms": ("grpo", "grpo-no-std", "w_reinforce-1"), "data": ("grpo", "grpo-easy", "grpo-hard"),
+              "sizes": ("grpo-mini", "grpo", "grpo-small")}
 
 
-# ---- numbers ---------------------------------------------------------------------------------------------------------
+# ---- numbers of a run ------------------------------------------------------------------------------------------------
 
 def column(rows, key, smooth=1):
-    """The metric in the rows that have it, as running means over `smooth` of them."""
-    return np.convolve([row[key] for row in rows if key in row], np.ones(smooth) / smooth, "valid")
+    """The metric of the rows that have it, as running means over `smooth` of them."""
+    values = [row[key] for row in rows if key in row]
+    if not values:
+        raise ValueError(f"no row has the metric {key}: is this the run that the finding names?")
+    return np.convolve(values, np.ones(smooth) / smooth, "valid")
 
 
 def at(part, key=H):
-    """A function of a run's rows: the metric's mean over its first or last ten ("start", "end"), or its first or last
-    value ("base", "last")."""
-    chosen = {"start": slice(10), "end": slice(-10, None), "base": slice(1), "last": slice(-1, None)}[part]
+    """A function of rows: the metric's mean over the rows that have it, over ten of them at the end, or its first or
+    last value. The first H is the base's."""
+    chosen = {"all": slice(None), "end": slice(-10, None), "first": slice(1), "last": slice(-1, None)}[part]
     return lambda rows: float(column(rows, key)[chosen].mean())
+
+
+def after_updates(count, updates_per_rollout):
+    """A function of rows: H after so many optimizer steps, the mean over five rollout batches around that."""
+    step = count // updates_per_rollout
+    return lambda rows: float(np.mean([row[H] for row in rows if H in row and abs(row["step"] - step) <= 2]))
 
 
 def kept(rows):
     """The share of its entropy that a run ends with."""
-    return at("end")(rows) / at("start")(rows)
+    return at("end")(rows) / at("first")(rows)
 
 
-def each(runs, number):
-    return {name: [number(rows) for rows in seeds] for name, seeds in runs.items()}
+def gain(rows):
+    """In pass@1, from the base to the end."""
+    return at("last", RIGHT)(rows) - at("first", RIGHT)(rows)
+
+
+def share_made(part, key):
+    """A function of rows: how much of the metric's change, from its first value to the mean of its last tenth, is made
+    by that part of the steps."""
+    def number(rows):
+        steps, values = np.array([(row["step"], row[key]) for row in rows if key in row]).T
+        end = values[-max(1, len(values) // 10):].mean()
+        return (np.interp(part * steps[-1], steps, values) - values[0]) / (end - values[0])
+    return number
+
+
+def eval_law(what):
+    """A function of rows: a, b or r2 of the law through all evaluations, pass@1 against the entropy on the same test
+    problems. Beside it "r2 of a line" in the entropy and "r2 of the step", a line in the step, which need no law."""
+    def number(rows):
+        entropy, right = column(rows, "eval/entropy"), column(rows, RIGHT)
+        steps = [row["step"] for row in rows if RIGHT in row]
+        square = lambda x: np.corrcoef(x, right)[0, 1]**2
+        return {**fit_law(entropy, right), "r2 of a line": square(entropy), "r2 of the step": square(steps)}[what]
+    return number
+
+
+def forecast_error(rows):
+    """RMSE of the training reward after the first 15 % of the steps, forecast by the law from these; nine-step means,
+    as the reward of 64 problems alone scatters by 0.03."""
+    return law_forecast(column(rows, H, 9), column(rows, REWARD, 9))["rmse_rest"]
+
+
+def covariance_and_fall(rows, smooth=1):
+    """Pearson of group covariance and -dH over the steps after the ten of the learning rate's warm-up."""
+    pair = [column(rows[11:], key, smooth) for key in ("policy/group_cov_mean", "entropy/change_measured")]
+    return -np.corrcoef(*pair)[0, 1]
+
+
+def covariance_by_difficulty(part):
+    """A function of rows: the group covariance of such prompts, over the steps that have hard, mid and easy ones."""
+    keys = {name: f"policy/group_cov_{name}" for name in ("hard", "mid", "easy")}
+    return lambda rows: float(np.mean([row[keys[part]] for row in rows if set(keys.values()) <= set(row)]))
+
+
+# ---- numbers of the seeds of several runs ----------------------------------------------------------------------------
+
+def each(runs, number, *names):
+    """{name: [the number of each seed]} of these runs, or of all."""
+    return {name: [number(rows) for rows in runs[name]] for name in names or runs}
 
 
 def rising(found, *names):
-    """Whether the means over seeds rise in the order of the names."""
+    """Whether the means over seeds rise in the order of the names; of n names by chance 1 time in n!."""
     return bool(np.all(np.diff([np.mean(found[name]) for name in names]) > 0))
 
 
-def above(found, more, less):
-    """Whether every seed of the one is above every seed of the other."""
-    return min(found[more]) > max(found[less])
+def above(found, more, *less):
+    """Whether every seed of the one is above every seed of those, or of all others; by chance, with three seeds each
+    and two names, 1 time in 20."""
+    return min(found[more]) > max(max(found[name]) for name in less or found if name != more)
+
+
+def below(found, less, *more):
+    return max(found[less]) < min(min(found[name]) for name in more or found if name != less)
 
 
 def spearman(x, y):
-    return np.corrcoef(*(np.argsort(np.argsort(values)) for values in (x, y)))[0, 1]
+    """Rank correlation of two lists of numbers; equal values share a rank."""
+    def ranks(values):
+        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+        return (count.cumsum() - count / 2)[place]
+    return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
+
+
+def covariance_tops(runs, name="grpo"):
+    """Token covariance at step 1: {top share: [mean of the largest, per seed]}, and of all tokens."""
+    tops = {f"top {share}": each(runs, lambda rows: rows[1][f"policy/cov_top_{share}"])[name] for share in TOP_SHARES}
+    return tops | {"all": each(runs, lambda rows: rows[1]["policy/cov_mean"])[name]}
+
+
+def flat(found):
+    """The numbers of all names and seeds in one list."""
+    return [number for seeds in found.values() for number in seeds]
 
 
 def told(found):
+    """The numbers in words: mean (range) of each."""
     return "; ".join(f"{name} {np.mean(v):.3f}" + (f" ({min(v):.3f} to {max(v):.3f})" if len(v) > 1 else "")
                      for name, v in found.items())
+
+
+def table_rows(number, finding, runs):
+    """The rows of a finding in the table: each claim with the papers' numbers, those found here, the verdict."""
+    rows = ""
+    for claim, holds, found in finding.claims(runs, each(runs, at("end")), each(runs, at("last", RIGHT))):
+        verdict = "holds" if holds else "**does not hold here**"
+        rows += f"| {number} | {claim} | {'' if rows else finding.paper} | {told(found) or 'as above'} | {verdict} |\n"
+    return rows
 
 
 # ---- figures: functions of runs and of the file to write -------------------------------------------------------------
@@ -65,51 +151,67 @@ def curves(*keys):
     return lambda runs, png: plot_curves(runs, png, {key: NATS if key == H else key for key in keys})
 
 
-def panels(titles, xlabel=NATS):
-    figure, axes = plt.subplots(1, len(titles), figsize=(4.6 * len(titles), 3.8), constrained_layout=True)
-    for axis, title in zip(np.atleast_1d(axes), titles):
+def panels(titles, xlabel):
+    size = (4.6 * len(titles), 3.8)
+    figure, axes = plt.subplots(1, len(titles), figsize=size, constrained_layout=True, squeeze=False)
+    for axis, title in zip(axes[0], titles):
         axis.set(title=title, xlabel=xlabel)
         axis.grid(alpha=0.3)
-    return figure, np.atleast_1d(axes)
+    return figure, axes[0]
 
 
 def points(axis, groups, law=False):
-    """groups: {name: (x, y)}; law: with the fitted curve y = b - a exp(x)."""
+    """groups: {name: (x, y)}; law: with the curve y = b - a exp(x), fitted to all points of the group."""
     for (name, (x, y)), (colour, style) in zip(groups.items(), line_styles(groups).values()):
         marker = {"-": "o", "--": "s", ":": "^", "-.": "x"}[style]
         axis.plot(x, y, marker, markersize=4, color=colour, alpha=0.6, label=name)
         if law:
             fit, line = fit_law(x, y), np.linspace(min(x), max(x))
             axis.plot(line, fit["b"] - fit["a"] * np.exp(line), style, color=colour)
+
+
+def save(figure, axis, png):
     axis.legend(fontsize=8)
-
-
-def save(figure, png):
     figure.savefig(png, dpi=130)
     plt.close(figure)
 
 
 def law_figure(runs, png):
-    """The curve is the law, fitted to all seeds together."""
-    figure, axes = panels(["pass@1: algorithms", "training reward: data", "pass@1: sizes"])
-    for axis, names, key in zip(axes, LAW_PANELS, (RIGHT, REWARD, RIGHT)):
-        points(axis, {name: np.hstack([law_points(rows, key) for rows in runs[name]]) for name in names}, law=True)
-    save(figure, png)
+    figure, axes = panels([f"test pass@1: {title}" for title in LAW_PANELS], "entropy on the test problems (nats)")
+    for axis, names in zip(axes, LAW_PANELS.values()):
+        points(axis, {name: np.hstack([(column(rows, "eval/entropy"), column(rows, RIGHT)) for rows in runs[name]])
+                      for name in names}, law=True)
+        axis.legend(fontsize=8)
+    save(figure, axes[0], png)
+
+
+def covariance_figure(runs, png):
+    """Nine-step means, over all seeds; on the right each curve in parts of its own mean, as only the shape is asked."""
+    figure, axes = panels(["group covariance by group accuracy", "shapes: mean 1, after the warm-up"], "step")
+    mean = lambda key: np.mean([column(rows[11:], key, 9) for rows in runs["grpo-updates-1"]], 0)
+    for part in ("hard", "mid", "easy"):
+        found = [(row["step"], row[f"policy/group_cov_{part}"]) for rows in runs["grpo-updates-1"] for row in rows
+                 if f"policy/group_cov_{part}" in row]
+        axes[0].plot(*zip(*found), ".", markersize=3, alpha=0.5, label=part)
+    shapes = {"group covariance": mean("policy/group_cov_mean"), "-dH": -mean("entropy/change_measured")}
+    for label, curve in shapes.items():
+        axes[1].plot(range(15, 15 + len(curve)), curve / curve.mean(), label=label)
+    axes[1].legend(fontsize=8)
+    save(figure, axes[0], png)
 
 
 def tail_figure(runs, png):
-    """Top shares of the token covariance at the first step, one marker per seed."""
     figure, (axis,) = panels(["token covariance, step 1: mean of the top share"], "share of the tokens")
     top = {name: [rows[1][f"policy/cov_top_{share}"] for rows in seeds for share in TOP_SHARES]
            for name, seeds in runs.items()}
     points(axis, {name: ([float(share) for share in TOP_SHARES] * len(runs[name]), y) for name, y in top.items()})
     axis.set_xscale("log")
-    save(figure, png)
+    save(figure, axis, png)
 
 
 def together_figure(runs, png):
-    """The ends of all runs, and the course of GRPO's confidence."""
-    figure, axes = panels(["n-gram diversity, end of each run", "pass@1, end of each run"])
-    for axis, where in zip(axes, (("end", "response/ngram_diversity"), ("last", RIGHT))):
-        points(axis, {name: (each(runs, at("end"))[name], each(runs, at(*where))[name]) for name in runs})
-    save(figure, png)
+    keys = {"response/ngram_diversity": "end", RIGHT: "last", "eval/conf_wrong": "last", "eval/conf_gap": "last"}
+    figure, axes = panels([f"{key}, at the end" for key in keys], NATS)
+    for axis, (key, part) in zip(axes, keys.items()):
+        points(axis, {name: (each(runs, at("end"))[name], each(runs, at(part, key))[name]) for name in runs})
+    save(figure, axes[0], png)
