@@ -2576,7 +2576,7 @@ def test_numbers_over_seeds_by_hand():
 def made_up(h=lambda t: 1 - t / 200, right=lambda t: 0.1 + t / 500, steps=100, **more):
     """Three seeds of a run: H, pass@1 and further metrics, NAME_OF: a constant or a function of the step and the seed."""
     def row(t, seed):
-        metrics = {"entropy/response_mean": h(t), "reward/mean": right(t), **({"eval/pass@1": right(t), "eval/entropy": h(t)} if t % 10 == 0 else {})}
+        metrics = {"entropy/response_mean": h(t), "reward/mean": right(t), **({"eval/pass@1": right(t), "eval/pass@8": 0.5, "eval/entropy": h(t)} if t % 10 == 0 else {})}
         metrics |= {name.replace("__", "/").replace("64", "@64").replace("_0", "_0."): value(t, seed) if callable(value) else value
                     for name, value in more.items()}
         return {"step": t} | {name: value + 1e-4 * seed for name, value in metrics.items() if t or name.startswith("eval/")}

@@ -108,7 +108,7 @@ def together(runs, h_end, pass1):
 
 # ---- the 14: runs, the papers' numbers, claims. h_end: H at the end of each run; pass1: its last pass@1 --------------
 
-Finding = namedtuple("Finding", "names paper claims draw", defaults=[curves(H, REWARD, RIGHT)])
+Finding = namedtuple("Finding", "names paper claims draw", defaults=[curves(H, REWARD, RIGHT, "eval/pass@8")])
 FINDINGS = {
     1: Finding(["grpo", "grpo-300"], "first 1/12: 73 % of H spent, 76 % of the gain; first 1/3: 94 %, 93 %", early),
     2: Finding(["grpo", "grpo-no-std", "w_reinforce-1", "grpo-easy", "grpo-hard", "grpo-mini", "grpo-small"],

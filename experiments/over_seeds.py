@@ -170,8 +170,7 @@ def points(axis, groups, law=False):
             axis.plot(line, fit["b"] - fit["a"] * np.exp(line), style, color=colour)
 
 
-def save(figure, axis, png):
-    axis.legend(fontsize=8)
+def save(figure, png):
     figure.savefig(png, dpi=130)
     plt.close(figure)
 
@@ -182,7 +181,7 @@ def law_figure(runs, png):
         points(axis, {name: np.hstack([(column(rows, "eval/entropy"), column(rows, RIGHT)) for rows in runs[name]])
                       for name in names}, law=True)
         axis.legend(fontsize=8)
-    save(figure, axes[0], png)
+    save(figure, png)
 
 
 def covariance_figure(runs, png):
@@ -196,8 +195,9 @@ def covariance_figure(runs, png):
     shapes = {"group covariance": mean("policy/group_cov_mean"), "-dH": -mean("entropy/change_measured")}
     for label, curve in shapes.items():
         axes[1].plot(range(15, 15 + len(curve)), curve / curve.mean(), label=label)
-    axes[1].legend(fontsize=8)
-    save(figure, axes[0], png)
+    for axis in axes:
+        axis.legend(fontsize=8)
+    save(figure, png)
 
 
 def tail_figure(runs, png):
@@ -206,7 +206,7 @@ def tail_figure(runs, png):
            for name, seeds in runs.items()}
     points(axis, {name: ([float(share) for share in TOP_SHARES] * len(runs[name]), y) for name, y in top.items()})
     axis.set_xscale("log")
-    save(figure, axis, png)
+    save(figure, png)
 
 
 def together_figure(runs, png):
@@ -214,4 +214,5 @@ def together_figure(runs, png):
     figure, axes = panels([f"{key}, at the end" for key in keys], NATS)
     for axis, (key, part) in zip(axes, keys.items()):
         points(axis, {name: (each(runs, at("end"))[name], each(runs, at(part, key))[name]) for name in runs})
-    save(figure, axes[0], png)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    save(figure, png)
