@@ -2552,6 +2552,22 @@ def test_the_commands_on_paper_parse_and_32b_needs_two_nodes(monkeypatch, tmp_pa
     assert largest[16] < scaling.MEMORY < largest[8]
 
 
+def test_the_readme_shows_what_the_diagnosis_says_of_committed_runs(monkeypatch, capsys, tmp_path):
+    """Sentence by sentence, in order, as the README shortens it."""
+    section = (HERE / "README.md").read_text().split("\n## Why did my entropy collapse?\n")[1].split("\n## ")[0]
+    files = re.findall(r"experiments/results/diagnosis/\w+\.jsonl", section)
+    for name in files:
+        shutil.copy(HERE / name, tmp_path)
+    monkeypatch.setattr(sys, "argv", ["entropy.py", *(str(tmp_path / Path(name).name) for name in files)])
+    entropy.main()
+    said, place = " ".join(capsys.readouterr().out.split()), 0
+    shown = re.split(r"(?<=[.,;]) (?=[A-Z])|(?<=\.) ", " ".join(section.split("```")[1].split()))
+    assert len(shown) > 15 and (tmp_path / "diagnosis.png").exists()
+    for sentence in shown:
+        place = said.index(sentence.strip(), place) + 1
+    assert "Methods that act on neg_rare" in said
+
+
 # ---- the findings: runs over seeds, verdicts computed from committed metrics -----------------------------------------
 
 def test_numbers_over_seeds_by_hand():
@@ -2678,7 +2694,7 @@ def test_a_run_for_a_table_is_resumed_kept_and_not_run_again(monkeypatch, tmp_pa
         calls.append(command)
         (runs / "a-seed1" / f"checkpoint-{2 * len(calls)}").mkdir()
         (runs / "a-seed1" / "config.json").write_text('{"steps": 4}')
-        rows = [{"step": i, "reward/mean": i / 3, "eval/auroc": 1 / 7, "policy/log_prob_mean": -1.0} for i in range(2 * len(calls) + 1)]
+        rows = [{"step": i, "reward/mean": i / 3, "eval/auroc": 1 / 7, "policy/cov_mean": 0.5} for i in range(2 * len(calls) + 1)]
         (runs / "a-seed1" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     made, settings = [], {"a": ["--model", "tiny-mini"]}
@@ -2690,7 +2706,7 @@ def test_a_run_for_a_table_is_resumed_kept_and_not_run_again(monkeypatch, tmp_pa
     assert [("--overwrite" in call, "--resume" in call) for call in calls] == [(True, False), (False, True)]
     assert all({"tiny-mini", "a-seed1", str(runs)} <= set(call) and call[call.index("--seed") + 1] == "1" for call in calls)
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4] and rows[4] == {"step": 4, "reward/mean": 1.333, "eval/auroc": 0.1429}
-    assert rows[1]["policy/log_prob_mean"] == -1  # of step 1 everything is kept
+    assert [row.get("policy/cov_mean") for row in rows] == [None, 0.5, None, None, None] and type(rows[1]["step"]) is int
     assert compare.run_all(settings, [1], runs, results, 1)["a"][0] == rows and len(calls) == 2 == len(made)
     with pytest.raises(ValueError, match="runs a with --model tiny-mini, not --lr 1: delete a-seed"):
         compare.run_all({"a": ["--lr", "1"]}, [1], runs, results, 1)

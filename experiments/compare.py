@@ -1,4 +1,4 @@
-"""Every method on the default task, from the same base and seed: the table and the figure of the README.
+"""Every method on the default task, from the same base and seed: a table, and a figure of at most eight of them.
 
     python -m experiments.compare                      all methods, seed 0, two runs at a time; finished runs are kept
     python -m experiments.compare --methods grpo clip_cov kl_cov           the figure too (for at most eight methods)
@@ -23,7 +23,7 @@ KEPT = ("step", "reward/mean", "reward/zero_std_frac", "entropy/response_mean", 
         "policy/group_cov_mean", "policy/group_cov_hard", "policy/group_cov_mid", "policy/group_cov_easy",
         "response/ngram_diversity", "policy/clip_frac", "policy/selected_frac", "quadrant/pos_likely_dH_share",
         "quadrant/pos_rare_dH_share", "quadrant/neg_likely_dH_share", "quadrant/neg_rare_dH_share", "train/skipped",
-        "time/step_s")  # of step 1, and of evaluations, everything
+        "time/step_s")  # and all of an evaluation, and of step 1 the token covariances
 PANELS = {"entropy/response_mean": "policy entropy (nats per token)", "eval/pass@1": "test pass@1",
           "eval/pass@8": "test pass@8"}
 
@@ -45,8 +45,9 @@ def run(name, flags, runs, results):
                 subprocess.run(command, check=True, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
             if not finished(folder):  # SIGTERM: exit code 0, with a checkpoint
                 raise SystemExit(f"{name} was stopped; the same command goes on with it")
-        rows = [{key: float(f"{value:.4g}") for key, value in row.items()
-                 if key in KEPT or key.startswith("eval/") or row["step"] == 1} for row in read_metrics(folder)]
+        rows = [{key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in row.items()
+                 if key in KEPT or key.startswith("eval/") or row["step"] == 1 and key.startswith("policy/cov_")}
+                for row in read_metrics(folder)]
         write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
     return read_metrics(file)
 
@@ -94,13 +95,14 @@ def table(runs, seeds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    everything = [method for method in METHODS if method != "quadrant"]  # GRPO at its defaults
+    parser.add_argument("--methods", nargs="+", default=everything)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     args = parser.parse_args()
     settings = {method: ["--method", method] for method in args.methods}
     runs = run_all(settings, args.seeds, RUNS, RESULTS / "compare", args.workers)
-    name = "-".join(args.methods) if args.methods != list(METHODS) else "methods"
+    name = "-".join(args.methods) if args.methods != everything else "methods"
     text = table(runs, args.seeds)
     (RESULTS / f"{name}.md").write_text(f"`python -m experiments.compare {' '.join(sys.argv[1:])}`\n\n{text}\n")
     if len(args.methods) <= 8:  # more lines than that nobody can read
