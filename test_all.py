@@ -2585,6 +2585,8 @@ def test_numbers_over_seeds_by_hand():
     assert over_seeds.above(found, "high") and over_seeds.above(found, "high", "mid") and not over_seeds.above(found, "mid", "low")
     assert over_seeds.below(found, "mid", "high") and not over_seeds.below(found, "low") and not over_seeds.below(found, "high", "low")
     assert over_seeds.told({"a": [1, 2, 6], "b": [0.5]}) == "a 3.000 (1.000 to 6.000); b 0.500" and over_seeds.flat(found)[2:4] == [3, 2]
+    rows = [{"step": t, "policy/group_cov_mean": 2 + t % 3, "train/grad_norm": (2 + t % 3) / (1 + t % 5), "entropy/change_measured": -1 - t % 5} for t in range(50)]
+    assert math.isclose(over_seeds.covariance_and_fall(True)(rows), 1) and over_seeds.covariance_and_fall(False)(rows) < 0.2
     assert math.isclose(over_seeds.spearman([1, 2, 3, 4], [1, 8, 9, 100]), 1) and math.isclose(over_seeds.spearman([1, 2, 3], [1, 3, 2]), 0.5)
     assert math.isclose(over_seeds.spearman([1, 1, 2], [5, 7, 9]), math.sqrt(3) / 2)       # the tie's ranks are 1.5 and 1.5
 
@@ -2620,6 +2622,7 @@ def claims_hold(number):
         wave = lambda t, _: 1 + math.sin(t / 8)
         sides = [(wave, (1, 2, 3)), (lambda t, _: -wave(t, 0), (3, 2, 1))]
         return [{names[0]: made_up(policy__group_cov_mean=mean, entropy__change_measured=lambda t, _: -wave(t, 0), policy__group_cov_hard=parts[0],
+                                   train__grad_norm=1,
                                    policy__group_cov_mid=parts[1], policy__group_cov_easy=parts[2])} for mean, parts in sides]
     if number == 4:
         return [{"grpo": made_up(policy__cov_top_00002=9, policy__cov_top_0002=top, policy__cov_top_002=1, policy__cov_top_02=0.5, policy__cov_mean=0)}

@@ -23,7 +23,7 @@ KEPT = ("step", "reward/mean", "reward/zero_std_frac", "entropy/response_mean", 
         "policy/group_cov_mean", "policy/group_cov_hard", "policy/group_cov_mid", "policy/group_cov_easy",
         "response/ngram_diversity", "policy/clip_frac", "policy/selected_frac", "quadrant/pos_likely_dH_share",
         "quadrant/pos_rare_dH_share", "quadrant/neg_likely_dH_share", "quadrant/neg_rare_dH_share", "train/skipped",
-        "time/step_s")  # and all of an evaluation, and of step 1 the token covariances
+        "train/grad_norm", "time/step_s")  # and all of an evaluation, and of step 1 the token covariances
 PANELS = {"entropy/response_mean": "policy entropy (nats per token)", "eval/pass@1": "test pass@1",
           "eval/pass@8": "test pass@8"}
 

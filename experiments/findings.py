@@ -64,8 +64,7 @@ def law(runs, *_):
     error, r2 = each(runs, forecast_error), each(runs, eval_law("r2"))
     yield "GRPO's first 15 % forecast its rewards: RMSE up to 0.02", max(error["grpo"]) <= 0.02, error
     for what in "ab":
-        found = each(runs, eval_law(what))
-        spread = lambda *names: np.ptp([np.mean(found[name]) for name in names])
+        found, spread = each(runs, eval_law(what)), lambda *names: np.ptp([np.mean(found[name]) for name in names])
         less = spread("grpo", "grpo-no-std", "w_reinforce-1") < spread("grpo", "grpo-easy", "grpo-hard")
         yield f"{what} depends less on the algorithm (no-std is RLOO's baseline) than on the data", less, found
     yield "the law fits every algorithm, half of the data and size: R^2 of 0.9", min(map(min, r2.values())) >= 0.9, r2
@@ -73,12 +72,13 @@ def law(runs, *_):
 
 def group_covariance(runs, *_):
     of = lambda number: each(runs, number)["grpo-updates-1"]
-    share = of(lambda rows: float((column(rows, "policy/group_cov_mean") > 0).mean()))
+    share = of(lambda rows: np.mean(column(rows, "policy/group_cov_mean") > 0))
     yield "positive in more than 0.9 of the steps", min(share) > 0.9, {"share": share}
     parts = {part: of(covariance_by_difficulty(part)) for part in ("hard", "mid", "easy")}
     yield "larger for easier prompts", above(parts, "easy", "mid") and above(parts, "mid", "hard"), parts
-    shape = {"Pearson": of(covariance_and_fall), "of nine-step means": of(lambda rows: covariance_and_fall(rows, 9))}
-    yield "its curve has the shape of -dH: Pearson above 0.5", min(map(min, shape.values())) > 0.5, shape
+    for per_norm, what in ((False, "its curve"), (True, "over the gradient's norm, which AdamW takes out, it")):
+        shape = {"steps": of(covariance_and_fall(per_norm)), "nine-step means": of(covariance_and_fall(per_norm, 9))}
+        yield f"{what} has the shape of -dH: Pearson of means above 0.5", min(shape["nine-step means"]) > 0.5, shape
 
 
 def estimates(*_):

@@ -76,10 +76,15 @@ def forecast_error(rows):
     return law_forecast(column(rows, H, 9), column(rows, REWARD, 9))["rmse_rest"]
 
 
-def covariance_and_fall(rows, smooth=1):
-    """Pearson of group covariance and -dH over the steps after the ten of the learning rate's warm-up."""
-    pair = [column(rows[11:], key, smooth) for key in ("policy/group_cov_mean", "entropy/change_measured")]
-    return -np.corrcoef(*pair)[0, 1]
+def covariance_and_fall(per_norm, smooth=1):
+    """A function of rows: Pearson of group covariance and -dH, as running means, after the ten steps of the learning
+    rate's warm-up. per_norm: of the covariance divided by the gradient's norm, as AdamW's step has lost its size."""
+    def number(rows):
+        rows = rows[11:]
+        covariance = column(rows, "policy/group_cov_mean") / (column(rows, "train/grad_norm") if per_norm else 1)
+        pair = covariance, -column(rows, "entropy/change_measured")
+        return np.corrcoef(*(np.convolve(x, np.ones(smooth) / smooth, "valid") for x in pair))[0, 1]
+    return number
 
 
 def covariance_by_difficulty(part):
@@ -188,11 +193,13 @@ def covariance_figure(runs, png):
     """Nine-step means, over all seeds; on the right each curve in parts of its own mean, as only the shape is asked."""
     figure, axes = panels(["group covariance by group accuracy", "shapes: mean 1, after the warm-up"], "step")
     mean = lambda key: np.mean([column(rows[11:], key, 9) for rows in runs["grpo-updates-1"]], 0)
+    covariance, fall = mean("policy/group_cov_mean"), -mean("entropy/change_measured")
     for part in ("hard", "mid", "easy"):
         found = [(row["step"], row[f"policy/group_cov_{part}"]) for rows in runs["grpo-updates-1"] for row in rows
                  if f"policy/group_cov_{part}" in row]
         axes[0].plot(*zip(*found), ".", markersize=3, alpha=0.5, label=part)
-    shapes = {"group covariance": mean("policy/group_cov_mean"), "-dH": -mean("entropy/change_measured")}
+    shapes = {"group covariance": covariance, "covariance / gradient norm": covariance / mean("train/grad_norm"),
+              "-dH": fall}
     for label, curve in shapes.items():
         axes[1].plot(range(15, 15 + len(curve)), curve / curve.mean(), label=label)
     for axis in axes:
