@@ -76,6 +76,11 @@ def forecast_error(rows):
     return law_forecast(column(rows, H, 9), column(rows, REWARD, 9))["rmse_rest"]
 
 
+def positive_covariance(rows):
+    """In which share of the steps the group covariance is positive."""
+    return float(np.mean(column(rows, "policy/group_cov_mean") > 0))
+
+
 def covariance_and_fall(per_norm, smooth=1):
     """A function of rows: Pearson of group covariance and -dH, as running means, after the ten steps of the learning
     rate's warm-up. per_norm: of the covariance divided by the gradient's norm, as AdamW's step has lost its size."""
