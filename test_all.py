@@ -2643,13 +2643,13 @@ def claims_hold(number):
             ({name: 0.3 - 0.1 * (i and 1) for i, name in enumerate(names)}, {"grpo": 0.9})),
         8: (({"grpo": 0.5, **{f"quadrant-{q}": 0.6 if q in ("pos_likely", "neg_rare") else 0.4 for q in findings.WEAKENED}},),
             ({"grpo": 0.5, **{f"quadrant-{q}": 0.4 if q in ("pos_likely", "neg_rare") else 0.6 for q in findings.WEAKENED}},)),
-        9: (({name: 0.95 if name == "steer-unclipped" else 0.3 for name in names}, {"steer-unclipped": 0.5}), ({name: 0.3 for name in names},)),
+        9: (({name: 0.95 if name.startswith("steer") else 0.3 for name in names}, {"steer-unclipped": 0.5}), ({name: 0.3 for name in names},)),
         10: ((updates | {"entropy_bonus-0.1": 3, "entropy_bonus-0.1-updates-1": 2}, {"grpo": 0.4}), ({name: 1 - h for name, h in updates.items()},)),
         11: (({name: 0.2 + 0.1 * i for i, name in enumerate(names)},), ({name: 0.5 - 0.1 * i for i, name in enumerate(names)}, {"grpo-prompts-256": 0.2})),
         12: (({name: {"grpo-wide": 0.1, "clip_higher": 0.4, "grpo-tight": 0.4}.get(name, 0.3) for name in names},),
              ({name: {"grpo-wide": 0.4, "clip_higher": 0.2, "grpo-tight": 0.2}.get(name, 0.3) for name in names},)),
-        13: (({"grpo": 0.3, "quadrant-positive": 0.1, "par-0": 0.95, "par-0.5": 0.5, "par": 0.37},),
-             ({"grpo": 0.3, "quadrant-positive": 0.6, "par-0": 0.2, "par-0.5": 0.25, "par": 0.1},))}[number]
+        13: (({"grpo": 0.3, "quadrant-positive": 0.1, "par-0": 0.95, "par-0.5": 0.5, "par": 0.37, "grpo-easy": 0.2, "quadrant-positive-easy": 0.1},),
+             ({"grpo": 0.3, "quadrant-positive": 0.6, "par-0": 0.2, "par-0.5": 0.25, "par": 0.1, "grpo-easy": 0.2, "quadrant-positive-easy": 0.3},))}[number]
     more = dict(zip(findings.UPDATES, (0.8, 0.75, 0.7, 0.65))) | {"entropy_bonus-0.1": 0, "entropy_bonus-0.1-updates-1": 0}
     pass64 = lambda sign: {"eval__pass64": {name: sign * value for name, value in more.items()}} if number == 10 else {}
     good, bad = ends(*good, **pass64(1)), ends(*bad, **pass64(-1))

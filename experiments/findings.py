@@ -10,7 +10,6 @@ import itertools
 import json
 import subprocess
 import sys
-from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -18,32 +17,34 @@ import numpy as np
 from experiments import difficulty
 from experiments.compare import run_all
 from experiments.over_seeds import (
-    H, REWARD, RIGHT, above, after_updates, at, below, covariance_and_fall, covariance_by_difficulty, covariance_figure,
-    covariance_tops, curves, each, eval_law, flat, forecast_error, gain, kept, law_figure, positive_covariance, rising,
-    share_made, spearman, table_rows, tail_figure, together_figure)
+    H, REWARD, RIGHT, Finding, above, after_updates, at, below, covariance_and_fall, covariance_by_difficulty,
+    covariance_figure, covariance_tops, curves, each, eval_law, flat, forecast_error, gain, kept, law_figure,
+    positive_covariance, rising, share_made, spearman, table_rows, tail_figure, together_figure)
 from record import read_metrics
 
 RESULTS, SEEDS = Path("experiments/results/findings"), (0, 1, 2)
 CLIP_COV, KL_COV = ([f"{method}-{share}" for share in (0.005, 0.02, 0.08)] for method in ("clip_cov", "kl_cov"))
 WEAKENED = {"pos_likely": above, "pos_rare": below, "neg_likely": below, "neg_rare": above}  # where H should then be
 EIGHT = "--updates_per_rollout 8"  # for clips to act: with the default 4 they reach 0.2 % of the tokens
+POSITIVE = "--method quadrant --knobs neg_likely=0 neg_rare=0"  # A > 0 only
 SETTINGS = {  # METHOD-SETTING: flags of train.py beside the default ones
     "grpo": "--eval_samples 64",
     **{f"grpo-updates-{n}": f"--updates_per_rollout {n} --eval_samples 64 --eval_every 50" for n in (1, 2, 8)},
     **{name: f"--method {name.split('-')[0]} --knobs cov_frac={name.split('-')[1]}" for name in CLIP_COV + KL_COV},
-    "quadrant-positive": "--method quadrant --knobs neg_likely=0 neg_rare=0",
+    "quadrant-positive": POSITIVE, "par": "--method par --knobs target_entropy=0.35",
     **{f"par-{x}": f"--method par --knobs schedule=constant positive_weight={x}" for x in (0, 0.5)},
     **{f"entropy_bonus-{x}": f"--method entropy_bonus --knobs entropy_coef={x}" for x in (0.001, 0.01, 0.1)},
     "entropy_bonus-0.1-updates-1": "--method entropy_bonus --knobs entropy_coef=0.1 --updates_per_rollout 1",
-    "par": "--method par --knobs target_entropy=0.35",
     "adaptive_entropy": "--method adaptive_entropy --knobs target_entropy=0.35 delta=0.002 max_coef=0.05",
     **{f"kl_loss-{x}": f"--method kl_loss --knobs kl_coef={x}" for x in (0.1, 1)},
     **{f"quadrant-{q}": f"--method quadrant --knobs {q}=0.5" for q in WEAKENED},
     "clip_higher": f"--method clip_higher {EIGHT}", "grpo-tight": f"--knobs clip_low=0.05 {EIGHT}",
     "grpo-wide": f"--knobs clip_low=0.6 {EIGHT}", "grpo-unclipped": f"--knobs clip_low=0.99 clip_high=5 {EIGHT}",
-    "steer-unclipped": f"--method steer --knobs clip_low=0.99 clip_high=5 {EIGHT}",
+    **{name: f"--method steer --knobs clip_low=0.99 clip_high=5{weight} {EIGHT}"
+       for name, weight in (("steer-unclipped", ""), ("steer-unclipped-0.1", " min_weight=0.1"))},
     "grpo-no-std": "--adv_norm none", "w_reinforce-1": "--method w_reinforce --knobs positive_weight=1",
     **{f"grpo-{half}": f"--data {path}" for half, path in difficulty.FILES.items()},
+    "quadrant-positive-easy": f"{POSITIVE} --data {difficulty.FILES['easy']}",
     **{f"grpo-prompts-{n}": f"--num_prompts {n}" for n in (16, 64, 256)},
     **{f"grpo-{size}": f"--model tiny-{size}" for size in ("mini", "small")}, "grpo-300": "--steps 300 --eval_every 30"}
 UPDATES = {"grpo-updates-1": 1, "grpo-updates-2": 2, "grpo": 4, "grpo-updates-8": 8}
@@ -104,9 +105,8 @@ def together(runs, h_end, pass1):
     yield "pass@1 of par and adaptive_entropy is above GRPO's", below(pass1, "grpo", "par", "adaptive_entropy"), pass1
 
 
-# ---- the 14: runs, the papers' numbers, claims. h_end: H at the end of each run; pass1: its last pass@1 --------------
+# ---- the 14: runs, the papers' numbers, claims (see Finding) ---------------------------------------------------------
 
-Finding = namedtuple("Finding", "names paper claims draw", defaults=[curves(H, REWARD, RIGHT, "eval/pass@8")])
 FINDINGS = {
     1: Finding(["grpo", "grpo-300"], "first 1/12: 73 % of H spent, 76 % of the gain; first 1/3: 94 %, 93 %", early),
     2: Finding(["grpo", "grpo-no-std", "w_reinforce-1", "grpo-easy", "grpo-hard", "grpo-mini", "grpo-small"],
@@ -129,16 +129,15 @@ FINDINGS = {
         ("both, at 0.02, end above GRPO", below(h_end, "grpo", "clip_cov-0.02", "kl_cov-0.02"), {}),
         ("one ends at 10 times GRPO's H", max(map(np.mean, h_end.values())) > 10 * np.mean(h_end["grpo"]), {}),
         ("pass@1 of both, at 0.02, is above GRPO's", below(pass1, "grpo", "clip_cov-0.02", "kl_cov-0.02"), pass1)]),
-    7: Finding(["microscope"], "STEER: Pearson 0.4 (re-measured 0.26, theorem 0.39), above the covariance", estimates,
-               lambda *_: None),
+    7: Finding(["microscope"], "STEER: Pearson 0.4 (re-measured 0.26, theorem 0.39)", estimates, lambda *_: None),
     8: Finding(["grpo", *(f"quadrant-{q}" for q in WEAKENED)], "each moves H as predicted", lambda runs, h_end, pass1: [
         (f"half of {q}: H, mean of all steps, is {order.__name__} GRPO's",
          order(h := each(runs, at("all")), f"quadrant-{q}", "grpo"), {q: h[f"quadrant-{q}"], "grpo": h["grpo"]})
         for q, order in WEAKENED.items()]),
-    9: Finding(["grpo-unclipped", "steer-unclipped", "clip_cov-0.02", "kl_cov-0.02"],
-               "H held at clips of 0.99 / 5; averages GRPO 44.2, Clip-Cov 45.7, KL-Cov 44.4, STEER 48.6",
-               lambda runs, h_end, pass1: [
-        ("at these clips STEER ends above GRPO", above(h_end, "steer-unclipped", "grpo-unclipped"), h_end),
+    9: Finding(["grpo-unclipped", "steer-unclipped", "steer-unclipped-0.1", "clip_cov-0.02", "kl_cov-0.02"],
+               "holds H at these clips; GRPO 44.2, Clip-Cov 45.7, STEER 48.6", lambda runs, h_end, pass1: [
+        ("at clips of 0.99 and 5 STEER ends above GRPO", above(h_end, "steer-unclipped", "grpo-unclipped"), h_end),
+        ("and does with min_weight=0.1, not 0.8", above(h_end, "steer-unclipped-0.1", "grpo-unclipped"), {}),
         ("and holds H: it keeps nine tenths", min(keep := each(runs, kept)["steer-unclipped"]) > 0.9, {"kept": keep}),
         ("its pass@1 is above all others", above(pass1, "steer-unclipped"), pass1)]),
     10: Finding([*UPDATES, "entropy_bonus-0.1", "entropy_bonus-0.1-updates-1"],
@@ -152,7 +151,8 @@ FINDINGS = {
                                             "grpo-updates-1"), best)], curves(H, REWARD, RIGHT, "eval/pass@64")),
     11: Finding(["grpo-prompts-16", "grpo-prompts-64", "grpo-prompts-256", "grpo"],  # grpo: 4,000
                 "less diverse prompts, less H; a few hundred near the full set", lambda runs, h_end, pass1: [
-        ("fewer prompts, less H on the test problems", rising(h := each(runs, at("last", "eval/entropy")), *runs), h),
+        ("fewer prompts, less H on these", rising(h_end, *runs), h_end),
+        ("and less on the test problems", rising(h := each(runs, at("last", "eval/entropy")), *runs), h),
         ("256 make over nine tenths of the gain in pass@1",
          np.mean((made := each(runs, gain))["grpo-prompts-256"]) > 0.9 * np.mean(made["grpo"]), made)]),
     12: Finding(["grpo-updates-8", "clip_higher", "grpo-unclipped", "grpo-wide", "grpo-tight"],
@@ -160,15 +160,15 @@ FINDINGS = {
         ("clip-higher ends above clip-free", above(h_end, "clip_higher", "grpo-unclipped"), h_end),
         ("a larger lower bound, 0.6, ends below all", below(h_end, "grpo-wide"), {}),
         ("a tighter one, 0.05, ends above 0.2", above(h_end, "grpo-tight", "grpo-updates-8"), {})]),
-    13: Finding(["grpo", "quadrant-positive", "par-0", "par-0.5", "par"], "A >= 0 only 0.015, A <= 0 only 0.884",
-                lambda runs, h_end, pass1: [
-        ("A > 0 only ends below all", below(h_end, "quadrant-positive"), h_end),
+    13: Finding(["grpo", "quadrant-positive", "par-0", "par-0.5", "par", "grpo-easy", "quadrant-positive-easy"],
+                "A >= 0 only 0.015, A <= 0 only 0.884", lambda runs, h_end, pass1: [
+        ("A > 0 only ends below GRPO and A < 0 only", below(h_end, "quadrant-positive", "grpo", "par-0"), h_end),
+        ("on easy problems below GRPO", below(h_end, "quadrant-positive-easy", "grpo-easy"), {}),
         ("A < 0 only keeps nine tenths", min(keep := each(runs, kept)["par-0"]) > 0.9, {"kept": keep}),
         ("the weight of A > 0 sets H: it rises from 1 to 0.5 to 0", rising(h_end, "grpo", "par-0.5", "par-0"), {}),
         ("led by H it keeps the target of 0.35 to 0.05", max(abs(np.subtract(h_end["par"], 0.35))) < 0.05, {})]),
     14: Finding([*UPDATES, *CLIP_COV, *KL_COV, "quadrant-positive", "par-0", "par-0.5", "par", "adaptive_entropy"],
-                "Spearman 0.88; overconfident when H is low; GRPO 44.12, PAR 45.66, adaptive entropy 45.35", together,
-                together_figure)}
+                "Spearman 0.88; overconfident at low H; GRPO 44.12, PAR 45.66", together, together_figure)}
 
 
 def main():
@@ -181,7 +181,7 @@ def main():
     files["microscope"] = [RESULTS.parent / "microscope.json"]
     exist = lambda *names: all(file.exists() for name in names for file in files[name])
     wanted = [name for name in SETTINGS if any(name in FINDINGS[number].names for number in args.only)]
-    if {"grpo-easy", "grpo-hard"} & set(wanted) and not exist("grpo-easy", "grpo-hard"):
+    if any("difficulty" in SETTINGS[name] and not exist(name) for name in wanted):
         difficulty.main()
     run_all({name: flags[name] for name in wanted}, SEEDS, Path("runs/findings"), RESULTS, args.workers)
     table = "| finding | claim | papers | here | verdict |\n|---|---|---|---|---|\n"

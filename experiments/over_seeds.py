@@ -2,6 +2,8 @@
 
 rows: the metrics of a run, one dict per step; runs: {name: [rows of each seed]}; found: {name: [a number per seed]}.
 """
+from typing import Callable, NamedTuple
+
 import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -145,15 +147,6 @@ def told(found):
                      for name, v in found.items())
 
 
-def table_rows(number, finding, runs):
-    """The rows of a finding in the table: each claim with the papers' numbers, those found here, the verdict."""
-    rows = ""
-    for claim, holds, found in finding.claims(runs, each(runs, at("end")), each(runs, at("last", RIGHT))):
-        verdict = "holds" if holds else "**does not hold here**"
-        rows += f"| {number} | {claim} | {'' if rows else finding.paper} | {told(found) or 'as above'} | {verdict} |\n"
-    return rows
-
-
 # ---- figures: functions of runs and of the file to write -------------------------------------------------------------
 
 def curves(*keys):
@@ -228,3 +221,21 @@ def together_figure(runs, png):
         points(axis, {name: (each(runs, at("end"))[name], each(runs, at(part, key))[name]) for name in runs})
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     save(figure, png)
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+class Finding(NamedTuple):
+    names: list       # of the runs
+    paper: str        # the papers' numbers
+    claims: Callable  # runs, h_end (H at the end), pass1 (the last pass@1) -> (claim, whether it holds, found) of each
+    draw: Callable = curves(H, REWARD, RIGHT, "eval/pass@8")  # runs, png -> None
+
+
+def table_rows(number, finding, runs):
+    """The rows of a finding in the table: each claim with the papers' numbers, those found here, the verdict."""
+    rows = ""
+    for claim, holds, found in finding.claims(runs, each(runs, at("end")), each(runs, at("last", RIGHT))):
+        verdict = "holds" if holds else "**does not hold here**"
+        rows += f"| {number} | {claim} | {'' if rows else finding.paper} | {told(found) or 'as above'} | {verdict} |\n"
+    return rows
