@@ -180,7 +180,7 @@ class RunLog:
             sets[name] = metrics
             if self.writes:
                 about = {"set": name, "model": cfg.model, "step": step, "eval_data": cfg.eval_data,
-                     "eval_prompts": cfg.eval_prompts, "samples": cfg.eval_samples,
+                         "eval_prompts": cfg.eval_prompts, "samples": cfg.eval_samples,
                          "temperature": cfg.eval_temperature, "max_response_len": cfg.max_response_len}
                 write_whole(self.folder / f"eval-{name}.json", json.dumps(about | metrics, indent=1))
                 if not cfg.steps:
@@ -242,8 +242,7 @@ COLOURS = dict(
     kl_loss="tab:brown", steer="tab:pink", par="tab:olive", w_reinforce="tab:cyan", entropy_advantage="navy",
     entropic="gold", dcpo="darkgreen", aepo="lightgreen", flex_clip="salmon", ce_gppo="darkred", cispo="deeppink",
     gspo="black", rand_pos_clip="tan", fork_tokens="teal", clip_b="slateblue", clip_v="violet",
-    adaptive_entropy="steelblue", aer="yellowgreen", siren="chocolate",
-    quadrant="darkkhaki")
+    adaptive_entropy="steelblue", aer="yellowgreen", siren="chocolate", quadrant="darkkhaki")
 
 
 def method_of(label):
@@ -302,7 +301,7 @@ def plot_curves(runs, png, panels):
 
 
 def dry_run(cfg, model_config, tokenizer, sets, dtype):
-    """--dry_run: the plan, and for each set (problems, prompts) three prompts and the verdicts on their gold answers."""
+    """--dry_run: the plan, and for each set (problems, prompts) three prompts and verdicts on their gold answers."""
     if dist.get_rank() == 0:
         print(plan(cfg, model_config, dist.get_world_size(), dtype))
         for problems, prompts in sets:
@@ -332,7 +331,7 @@ def plan(cfg, model_config, ranks, dtype):
     lines = [f"{count / 1e6:,.2f} M parameters, {ranks} ranks, --parallel {cfg.parallel}. GiB per rank:"]
     lines += [f"  {size / 2**30:9.3f}  {part}" for part, size in memory.items()]
     lines += [f"  {sum(memory.values()) / 2**30:9.3f}  in all; KV cache, gathered layers and overhead come on top",
-              f"a step: {cfg.prompts_per_step} prompts x {cfg.group_size} answers, at most {answers * longest:,} tokens, "
-              f"in {cfg.updates_per_rollout} updates; {cfg.steps} steps",
+              f"a step: {cfg.prompts_per_step} prompts x {cfg.group_size} answers, at most {answers * longest:,} tokens"
+              f", in {cfg.updates_per_rollout} updates; {cfg.steps} steps",
               f"a checkpoint: {12 * count / 2**30:.3f} GiB; room for {cfg.keep_checkpoints + 2} is needed"]
     return "\n".join(lines)

@@ -54,7 +54,7 @@ UPDATES = {"grpo-updates-1": 1, "grpo-updates-2": 2, "grpo": 4, "grpo-updates-8"
 
 def early(runs, *_):
     for name, (n, most) in itertools.product(runs, ((12, 1 / 2), (3, 4 / 5))):
-        found = {f"of {key}": each(runs, share_made(1 / n, key))[name] for key in (H, RIGHT)}
+        found = {f"of {key}": each(runs, share_made(1 / n, key), name)[name] for key in (H, RIGHT)}
         yield f"{name}: the first 1/{n} makes over {most} of it", min(map(np.mean, found.values())) > most, found
 
 
@@ -145,10 +145,10 @@ FINDINGS = {
         ("H falls: the more updates per rollout batch, the lower it ends", rising(h_end, *[*UPDATES][::-1]), h_end),
         ("H rises (bonus 0.1): 4 end above 1", above(h_end, "entropy_bonus-0.1", "entropy_bonus-0.1-updates-1"), {}),
         ("not as they are more steps: after 96 optimizer steps, too, more updates have less H", rising(
-            h := {name: each(runs, after_updates(96, n))[name] for name, n in UPDATES.items()}, *[*h][::-1]), h),
+            h := {name: each(runs, after_updates(96, n), name)[name] for name, n in UPDATES.items()}, *[*h][::-1]), h),
         ("training reward up, 4 against 1", above(r := each(runs, at("end", REWARD)), "grpo", "grpo-updates-1"), r),
         ("pass@64 down, 4 against 1", below(best := each(runs, at("last", "eval/pass@64"), *UPDATES), "grpo",
-                                            "grpo-updates-1"), best)], curves(H, REWARD, RIGHT, "eval/pass@64")),
+                                            "grpo-updates-1"), best)], curves("eval/pass@64")),
     11: Finding(["grpo-prompts-16", "grpo-prompts-64", "grpo-prompts-256", "grpo"],  # grpo: 4,000
                 "less diverse prompts, less H; a few hundred near the full set", lambda runs, h_end, pass1: [
         ("fewer prompts, less H on these", rising(h_end, *runs), h_end),

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from entropy import fit_law, law_forecast
-from record import line_styles, plot_curves
+from record import line_styles, plot_curves, usual_panels
 
 H, REWARD, RIGHT, NATS = "entropy/response_mean", "reward/mean", "eval/pass@1", "policy entropy (nats per token)"
 TOP_SHARES = ("0.0002", "0.002", "0.02", "0.2")
@@ -149,9 +149,9 @@ def told(found):
 
 # ---- figures: functions of runs and of the file to write -------------------------------------------------------------
 
-def curves(*keys):
-    """Against the step, for any metrics."""
-    return lambda runs, png: plot_curves(runs, png, {key: NATS if key == H else key for key in keys})
+def curves(*more):
+    """Against the step: the usual panels, and these metrics."""
+    return lambda runs, png: plot_curves(runs, png, usual_panels(runs) | {key: key for key in more})
 
 
 def panels(titles, xlabel):
@@ -217,8 +217,9 @@ def tail_figure(runs, png):
 def together_figure(runs, png):
     keys = {"response/ngram_diversity": "end", RIGHT: "last", "eval/conf_wrong": "last", "eval/conf_gap": "last"}
     figure, axes = panels([f"{key}, at the end" for key in keys], NATS)
+    h_end = each(runs, at("end"))
     for axis, (key, part) in zip(axes, keys.items()):
-        points(axis, {name: (each(runs, at("end"))[name], each(runs, at(part, key))[name]) for name in runs})
+        points(axis, {name: (h_end[name], values) for name, values in each(runs, at(part, key)).items()})
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     save(figure, png)
 
@@ -229,7 +230,7 @@ class Finding(NamedTuple):
     names: list       # of the runs
     paper: str        # the papers' numbers
     claims: Callable  # runs, h_end (H at the end), pass1 (the last pass@1) -> (claim, whether it holds, found) of each
-    draw: Callable = curves(H, REWARD, RIGHT, "eval/pass@8")  # runs, png -> None
+    draw: Callable = curves()  # runs, png -> None
 
 
 def table_rows(number, finding, runs):
