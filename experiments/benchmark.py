@@ -25,9 +25,8 @@ from transformers import Qwen2ForCausalLM
 
 import entropy
 import tiny
-import train
 import verify
-from experiments.whole_step import CHANCE, G, P, T, model_of, our_steps, trl_steps
+from experiments.whole_step import CHANCE, G, P, T, model_of, our_steps, steps_less_metrics, trl_steps
 from rollout import full_tensors, make_engine, micro_batches
 
 RESULTS = Path("experiments/results/benchmark.jsonl")
@@ -158,15 +157,8 @@ def padding(folder):
 
 
 def microscope(folder, rounds=5):
-    """The default run's step with the entropy metrics (ours) and without them: rival / ours = 1 - their share."""
-    full, found = (train.MICROSCOPE, train.measure, train.entropy_after), []
-    for _ in range(rounds):
-        with_it = our_steps("--method grpo", folder, 4)[0]
-        train.MICROSCOPE, train.entropy_after = ("log_probs",), lambda *_: 0.0
-        train.measure = lambda *_: {"entropy/response_mean": 0.0}
-        found.append((with_it, our_steps("--method grpo", folder, 4)[0]))
-        train.MICROSCOPE, train.measure, train.entropy_after = full
-    report("microscope", *zip(*found), "cpu s per step")
+    """The default run's step (ours), and less what the entropy metrics take in it: rival / ours = 1 - their share."""
+    report("microscope", *zip(*(steps_less_metrics(folder, 4) for _ in range(rounds))), "cpu s per step")
 
 
 def verifier(folder):

@@ -1,6 +1,8 @@
 """Whole training steps of train.py and of TRL's GRPOTrainer on the same random model, timed; rows of benchmark.py."""
 import os
 import time
+from collections import Counter
+from functools import partial
 
 import numpy as np
 import torch
@@ -48,6 +50,30 @@ def our_steps(arguments, folder, steps):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]  # a later run sets them anew, and TRL would take them for its own
     return (np.array(clock[-1]) - clock[0]) / (steps - 1)
+
+
+def steps_less_metrics(folder, steps):
+    """Processor seconds per step of the default run, and less what the entropy metrics take in it.
+
+    Old log-probs are needed without them too, so these are scored a second time, alone: only what the other statistics
+    add counts, and that second time counts nowhere."""
+    names, seconds = ("score_all", "measure", "entropy_after"), Counter()
+    real = {name: getattr(train, name) for name in names}
+
+    def timed(name, *args, into=None):
+        start = time.process_time()
+        result = real[name](*args)
+        seconds[into or name] += (time.process_time() - start) / steps
+        return result
+
+    def score_all(policy, batch, wanted, *rest):
+        timed("score_all", policy, batch, ["log_probs"], *rest, into="alone")
+        return timed("score_all", policy, batch, wanted, *rest)
+    train.score_all = score_all
+    train.measure, train.entropy_after = partial(timed, "measure"), partial(timed, "entropy_after")
+    step = our_steps("--method grpo", folder, steps)[0] - seconds["alone"]
+    train.score_all, train.measure, train.entropy_after = real.values()
+    return step, step - (sum(seconds[name] for name in names) - seconds["alone"])
 
 
 def trl_steps(model, problems, updates, steps):
