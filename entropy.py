@@ -359,12 +359,23 @@ def diagnose(rows, name):
     return sentences
 
 
+def share_made(steps, values, part):
+    """How much of the change of a metric, from its first value to the mean of its last tenth, the first `part` of the
+    steps makes; between the steps that have a value on the line through them.
+
+    steps (n,): rising, those of the values (n,). An entropy is of the policy before the updates of its step, so both
+    series, entropies from step 1 and evaluations from step 0, begin with the base and count from there."""
+    end = np.mean(values[-math.ceil(len(values) / 10):])
+    at_part = np.interp(part * steps[-1], np.subtract(steps, steps[0]), values)
+    return float((at_part - values[0]) / (end - values[0]))
+
+
 def spent(steps):
     """A sentence on the entropy's course and its direction: -1 fell, 1 rose, 0 held (by less than 5 %).
 
-    From the first step to the mean of the last tenth of the steps, one step's entropy being noisy; what the first
-    twelfth and third made of that is read off single steps."""
-    entropy = [row["entropy/response_mean"] for row in steps if "entropy/response_mean" in row]
+    From the first step to the mean of the last tenth of the steps, as one step's entropy is noisy."""
+    pairs = [(row["step"], row["entropy/response_mean"]) for row in steps if "entropy/response_mean" in row]
+    at, entropy = zip(*pairs)
     n, start = len(entropy), entropy[0]
     end = float(np.mean(entropy[-math.ceil(n / 10):]))
     change = end - start
@@ -373,8 +384,8 @@ def spent(steps):
     text = (f"{n} steps; entropy {'fell' if change < 0 else 'rose'} from {start:.3f} to {end:.3f} nats per token, by "
             f"{percent(abs(change) / start)}.")
     if n > 12:
-        early, third = ((entropy[n // part] - start) / change for part in (12, 3))
-        text += f" The first twelfth of the steps made {percent(early)} of that, the first third {percent(third)}"
+        early, third = (percent(share_made(at, entropy, 1 / part)) for part in (12, 3))
+        text += f" The first twelfth of the steps made {early} of that, the first third {third}"
         text += " (73 % and 94 % over 11 models in arXiv 2505.22617)." if change < 0 else "."
     return text, -1 if change < 0 else 1
 

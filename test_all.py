@@ -2579,7 +2579,10 @@ def test_numbers_over_seeds_by_hand():
     assert [over_seeds.at(part, over_seeds.RIGHT)(rows) for part in ("first", "last")] == [0.5, 0.75] and over_seeds.gain(rows) == 0.25
     assert over_seeds.after_updates(80, 4)(rows) == (9 + 9 + 8 + 8 + 8) / 5                # steps 18 to 22
     half = [{"step": 0, "x": 1.0}, {"step": 50, "x": 4.0}, {"step": 100, "x": 5.0}]
-    assert over_seeds.share_made(1 / 2, "x")(half) == 0.75 and over_seeds.share_made(1 / 4, "x")(half) == 0.375
+    assert over_seeds.made_by(1 / 2, "x")(half) == 0.75 and over_seeds.made_by(1 / 4, "x")(half) == 0.375
+    fall = [12.0 - min(t, 6) for t in range(12)]                                           # six steps, a nat each
+    assert entropy.share_made(range(1, 13), fall, 1 / 12) == 1 / 6 and entropy.share_made(range(1, 13), fall, 1 / 3) == 4 / 6
+    assert entropy.share_made(range(0, 24, 2), fall, 1 / 11) == 1 / 6
     found = {"low": [1, 2, 3], "mid": [2, 3, 4], "high": [5, 6, 7]}
     assert over_seeds.rising(found, "low", "mid", "high") and not over_seeds.rising(found, "mid", "low", "high")
     assert over_seeds.above(found, "high") and over_seeds.above(found, "high", "mid") and not over_seeds.above(found, "mid", "low")

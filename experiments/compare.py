@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import tiny
 from losses import METHODS
-from record import plot_curves, read_metrics, write_whole
+from record import plot_curves, read_metrics, usual_panels, write_whole
 
 RUNS, RESULTS = Path("runs/compare"), Path("experiments/results")
 KEPT = ("step", "reward/mean", "reward/zero_std_frac", "entropy/response_mean", "entropy/change_measured",
@@ -24,8 +24,6 @@ KEPT = ("step", "reward/mean", "reward/zero_std_frac", "entropy/response_mean", 
         "response/ngram_diversity", "policy/clip_frac", "policy/selected_frac", "quadrant/pos_likely_dH_share",
         "quadrant/pos_rare_dH_share", "quadrant/neg_likely_dH_share", "quadrant/neg_rare_dH_share", "train/skipped",
         "train/grad_norm", "time/step_s")  # and all of an evaluation, and of step 1 the token covariances
-PANELS = {"entropy/response_mean": "policy entropy (nats per token)", "eval/pass@1": "test pass@1",
-          "eval/pass@8": "test pass@8"}
 
 
 def finished(folder):
@@ -106,7 +104,7 @@ def main():
     text = table(runs, args.seeds)
     (RESULTS / f"{name}.md").write_text(f"`python -m experiments.compare {' '.join(sys.argv[1:])}`\n\n{text}\n")
     if len(args.methods) <= 8:  # more lines than that nobody can read
-        plot_curves(runs, RESULTS / f"{name}.png", PANELS)
+        plot_curves(runs, RESULTS / f"{name}.png", usual_panels(runs))
     print(text)
 
 

@@ -19,7 +19,7 @@ from experiments.compare import run_all
 from experiments.over_seeds import (
     H, REWARD, RIGHT, Finding, above, after_updates, at, below, covariance_and_fall, covariance_by_difficulty,
     covariance_figure, covariance_tops, curves, each, eval_law, flat, forecast_error, gain, kept, law_figure,
-    positive_covariance, rising, share_made, spearman, table_rows, tail_figure, together_figure)
+    made_by, positive_covariance, rising, spearman, table_rows, tail_figure, together_figure)
 from record import read_metrics
 
 RESULTS, SEEDS = Path("experiments/results/findings"), (0, 1, 2)
@@ -54,7 +54,7 @@ UPDATES = {"grpo-updates-1": 1, "grpo-updates-2": 2, "grpo": 4, "grpo-updates-8"
 
 def early(runs, *_):
     for name, (n, most) in itertools.product(runs, ((12, 1 / 2), (3, 4 / 5))):
-        found = {f"of {key}": each(runs, share_made(1 / n, key), name)[name] for key in (H, RIGHT)}
+        found = {f"of {key}": each(runs, made_by(1 / n, key), name)[name] for key in (H, RIGHT)}
         yield f"{name}: the first 1/{n} makes over {most} of it", min(map(np.mean, found.values())) > most, found
 
 

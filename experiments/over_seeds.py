@@ -9,7 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from entropy import fit_law, law_forecast
+from entropy import fit_law, law_forecast, share_made
 from record import line_styles, plot_curves, usual_panels
 
 H, REWARD, RIGHT, NATS = "entropy/response_mean", "reward/mean", "eval/pass@1", "policy entropy (nats per token)"
@@ -51,14 +51,9 @@ def gain(rows):
     return at("last", RIGHT)(rows) - at("first", RIGHT)(rows)
 
 
-def share_made(part, key):
-    """A function of rows: how much of the metric's change, from its first value to the mean of its last tenth, is made
-    by that part of the steps."""
-    def number(rows):
-        steps, values = np.array([(row["step"], row[key]) for row in rows if key in row]).T
-        end = values[-max(1, len(values) // 10):].mean()
-        return (np.interp(part * steps[-1], steps, values) - values[0]) / (end - values[0])
-    return number
+def made_by(part, key):
+    """A function of rows: entropy.share_made of the metric by that part of the steps."""
+    return lambda rows: share_made(*zip(*((row["step"], row[key]) for row in rows if key in row)), part)
 
 
 def eval_law(what):
