@@ -2672,8 +2672,9 @@ def test_each_claim_holds_in_runs_made_to_show_it_and_fails_in_runs_made_against
                    for i, name in enumerate(("covariance", "steer released", "steer theorem", "exact"))}
         (tmp_path / "microscope.json").write_text(json.dumps({"base": {"sgd": batches, "adamw": batches}}))
         rows = over_seeds.table_rows(number, findings.FINDINGS[number], runs)
-        verdicts = [line.split(" | ")[-1] == "holds |" for line in rows.splitlines()]
+        verdicts = [line.split(" | ")[4] == "holds" for line in rows.splitlines()]
         assert verdicts and set(verdicts) == {expected}, rows
+        assert over_seeds.verdict(rows) == ("holds ({0} of {0})" if expected else "does not hold here (0 of {0})").format(len(verdicts))
         if number != 7 and expected:                                                   # 7 has microscope.png
             findings.FINDINGS[number].draw(runs, tmp_path / "figure.png")
             assert (tmp_path / "figure.png").stat().st_size > 10_000
@@ -2707,11 +2708,11 @@ def test_findings_runs_what_it_needs_and_tables_what_it_has(monkeypatch, tmp_pat
         monkeypatch.setattr(sys, "argv", ["findings.py", "--only", str(number)])
         findings.main()
         assert set(asked[-1]) == set(findings.FINDINGS[number].names) and (folder / f"{number}.png").exists()
-        assert set(re.findall(r"^\| (\d+) \|", capsys.readouterr().out, re.MULTILINE)) == {str(number)}
+        assert set(re.findall(r"^\| (\d+)\. ", capsys.readouterr().out, re.MULTILINE)) == {str(number)}
     table = (tmp_path / "findings.md").read_text()
-    assert set(re.findall(r"^\| (\d+) \|", table, re.MULTILINE)) == {"9", "12"}
+    assert set(re.findall(r"^\| (\d+)\. ", table, re.MULTILINE)) == {"9", "12"}
     assert asked[0]["grpo-tight"] == "--eval_every 10 --save_every 50 --knobs clip_low=0.05 --updates_per_rollout 8".split()
-    assert "- `grpo-tight`: `train.py --eval_every 10 --save_every 50 --knobs clip_low=0.05" in table and "`par-0`" not in table
+    assert "- `grpo-tight`: `train.py --eval_every 10 --save_every 50 --knobs clip_low=0.05" in table
 
 
 def test_a_run_for_a_table_is_resumed_kept_and_not_run_again(monkeypatch, tmp_path):

@@ -1,10 +1,8 @@
 """The papers' 14 findings on the default task: the runs, three seeds each, what is measured, the verdict, a figure.
 
-`python -m experiments.findings`, or with `--only 6`: some of them. Runs that exist are not run again.
-Writes results/findings.md and, in results/findings/, figures and every run's metrics (delete them to run it again).
-Numbers: the mean over the seeds (their range). H: entropy/response_mean, nats; at the end: the mean of the last ten
-steps. "Above": every seed of the one above every seed of the other. "Rises": the means over the seeds do.
-"""
+`python -m experiments.findings`, or some: `--only 6`. Runs whose metrics are in results/findings/ are not run again.
+Numbers: mean over the seeds (range). H: entropy/response_mean, nats per token; at the end: mean of the last ten steps.
+"Above": every seed of the one above every seed of the other. "Rises": the means over the seeds do."""
 import argparse
 import itertools
 import json
@@ -19,14 +17,14 @@ from experiments.compare import run_all
 from experiments.over_seeds import (
     H, REWARD, RIGHT, Finding, above, after_updates, at, below, covariance_and_fall, covariance_by_difficulty,
     covariance_figure, covariance_tops, curves, each, eval_law, flat, forecast_error, gain, kept, law_figure,
-    made_by, positive_covariance, rising, spearman, table_rows, tail_figure, together_figure)
+    made_by, positive_covariance, report, rising, spearman, table_rows, tail_figure, together_figure)
 from record import read_metrics
 
 RESULTS, SEEDS = Path("experiments/results/findings"), (0, 1, 2)
 CLIP_COV, KL_COV = ([f"{method}-{share}" for share in (0.005, 0.02, 0.08)] for method in ("clip_cov", "kl_cov"))
 WEAKENED = {"pos_likely": above, "pos_rare": below, "neg_likely": below, "neg_rare": above}  # where H should then be
 EIGHT = "--updates_per_rollout 8"  # for clips to act: with the default 4 they reach 0.2 % of the tokens
-POSITIVE = "--method quadrant --knobs neg_likely=0 neg_rare=0"  # A > 0 only
+POSITIVE, PAR = "--method quadrant --knobs neg_likely=0 neg_rare=0", ["par-0", "par-0.5", "par"]  # A > 0 only, weakened
 SETTINGS = {  # METHOD-SETTING: flags of train.py beside the default ones
     "grpo": "--eval_samples 64",
     **{f"grpo-updates-{n}": f"--updates_per_rollout {n} --eval_samples 64 --eval_every 50" for n in (1, 2, 8)},
@@ -108,39 +106,42 @@ def together(runs, h_end, pass1):
 # ---- the 14: runs, the papers' numbers, claims (see Finding) ---------------------------------------------------------
 
 FINDINGS = {
-    1: Finding(["grpo", "grpo-300"], "first 1/12: 73 % of H spent, 76 % of the gain; first 1/3: 94 %, 93 %", early),
-    2: Finding(["grpo", "grpo-no-std", "w_reinforce-1", "grpo-easy", "grpo-hard", "grpo-mini", "grpo-small"],
+    1: Finding("Entropy goes early", ["grpo", "grpo-300"], "first 1/12: 73 % of H, 76 % of gain; 1/3: 94, 93 %", early),
+    2: Finding("The law", ["grpo", "grpo-no-std", "w_reinforce-1", "grpo-easy", "grpo-hard", "grpo-mini", "grpo-small"],
                "forecast from 15 %: RMSE 0.009; a, b depend on the data, not on the algorithm", law, law_figure),
-    3: Finding(["grpo-updates-1"], "positive, larger for easy prompts, like -dH", group_covariance, covariance_figure),
-    4: Finding(["grpo"], "top 0.0002 5.65, 0.002 3.11, 0.02 1.39, 0.2 0.35, all 0.003", lambda runs, h_end, pass1: [
+    3: Finding("Group covariance", ["grpo-updates-1"], "positive, larger for easy prompts, like -dH",
+               group_covariance, covariance_figure),
+    4: Finding("Tail of the token covariance", ["grpo"], "top 0.0002 5.65, 0.002 3.11, 0.02 1.39, 0.2 0.35, all 0.003",
+               lambda runs, h_end, pass1: [
         ("step 1: the top 0.002 is over 5 times the top 0.2 (a Gaussian: 2.3 times, a product of two: 4.1)",
          min(np.divide((top := covariance_tops(runs))["top 0.002"], top["top 0.2"])) > 5, top)], tail_figure),
-    5: Finding(["grpo", "entropy_bonus-0.001", "entropy_bonus-0.01", "entropy_bonus-0.1", "kl_loss-0.1", "kl_loss-1"],
+    5: Finding("Entropy bonus, reference KL",
+               ["grpo", *(f"entropy_bonus-{x}" for x in (0.001, 0.01, 0.1)), "kl_loss-0.1", "kl_loss-1"],
                "0.001 does little, 0.01 explodes; reference KL steadies H, costs accuracy", lambda runs, h_end, pass1: [
         ("a bonus of 0.001 does nothing: the means differ by less than GRPO's seeds do",
          abs(np.mean(h_end["entropy_bonus-0.001"]) - np.mean(h_end["grpo"])) < np.ptp(h_end["grpo"]), h_end),
         ("one of 0.1 explodes: H ends above twice its start", min(each(runs, kept)["entropy_bonus-0.1"]) > 2, {}),
         ("KL to the reference steadies H, at 0.1 and at 1", below(h_end, "grpo", "kl_loss-0.1", "kl_loss-1"), {}),
         ("and costs accuracy, at 0.1 and at 1", above(pass1, "grpo", "kl_loss-0.1", "kl_loss-1"), pass1)]),
-    6: Finding(["grpo", *CLIP_COV, *KL_COV], "KL-Cov's H 10 times GRPO's; averages 38.6, Clip-Cov 40.4, KL-Cov 40.6",
-               lambda runs, h_end, pass1: [
+    6: Finding("Clip-Cov, KL-Cov", ["grpo", *CLIP_COV, *KL_COV],
+               "KL-Cov's H 10 times GRPO's; averages 38.6, Clip-Cov 40.4, KL-Cov 40.6", lambda runs, h_end, pass1: [
         ("Clip-Cov's knob sets H: it rises from GRPO's with cov_frac", rising(h_end, "grpo", *CLIP_COV), h_end),
         ("KL-Cov's knob too", rising(h_end, "grpo", *KL_COV), {}),
         ("both, at 0.02, end above GRPO", below(h_end, "grpo", "clip_cov-0.02", "kl_cov-0.02"), {}),
         ("one ends at 10 times GRPO's H", max(map(np.mean, h_end.values())) > 10 * np.mean(h_end["grpo"]), {}),
         ("pass@1 of both, at 0.02, is above GRPO's", below(pass1, "grpo", "clip_cov-0.02", "kl_cov-0.02"), pass1)]),
-    7: Finding(["microscope"], "STEER: Pearson 0.4 (re-measured 0.26, theorem 0.39)", estimates, lambda *_: None),
-    8: Finding(["grpo", *(f"quadrant-{q}" for q in WEAKENED)], "each moves H as predicted", lambda runs, h_end, pass1: [
+    7: Finding("Estimates of dH", ["microscope"], "STEER: Pearson 0.4 (others: 0.26)", estimates, lambda *_: 0),
+    8: Finding("Quadrants", ["grpo", *(f"quadrant-{q}" for q in WEAKENED)], "as predicted", lambda runs, h_end, pass1: [
         (f"half of {q}: H, mean of all steps, is {order.__name__} GRPO's",
          order(h := each(runs, at("all")), f"quadrant-{q}", "grpo"), {q: h[f"quadrant-{q}"], "grpo": h["grpo"]})
         for q, order in WEAKENED.items()]),
-    9: Finding(["grpo-unclipped", "steer-unclipped", "steer-unclipped-0.1", "clip_cov-0.02", "kl_cov-0.02"],
+    9: Finding("STEER", ["grpo-unclipped", "steer-unclipped", "steer-unclipped-0.1", CLIP_COV[1], KL_COV[1]],
                "holds H at these clips; GRPO 44.2, Clip-Cov 45.7, STEER 48.6", lambda runs, h_end, pass1: [
         ("at clips of 0.99 and 5 STEER ends above GRPO", above(h_end, "steer-unclipped", "grpo-unclipped"), h_end),
         ("and does with min_weight=0.1, not 0.8", above(h_end, "steer-unclipped-0.1", "grpo-unclipped"), {}),
         ("and holds H: it keeps nine tenths", min(keep := each(runs, kept)["steer-unclipped"]) > 0.9, {"kept": keep}),
         ("its pass@1 is above all others", above(pass1, "steer-unclipped"), pass1)]),
-    10: Finding([*UPDATES, "entropy_bonus-0.1", "entropy_bonus-0.1-updates-1"],
+    10: Finding("Updates per rollout batch", [*UPDATES, "entropy_bonus-0.1", "entropy_bonus-0.1-updates-1"],
                 "more updates amplify either direction; training reward up, pass@64 down", lambda runs, h_end, pass1: [
         ("H falls: the more updates per rollout batch, the lower it ends", rising(h_end, *[*UPDATES][::-1]), h_end),
         ("H rises (bonus 0.1): 4 end above 1", above(h_end, "entropy_bonus-0.1", "entropy_bonus-0.1-updates-1"), {}),
@@ -149,25 +150,25 @@ FINDINGS = {
         ("training reward up, 4 against 1", above(r := each(runs, at("end", REWARD)), "grpo", "grpo-updates-1"), r),
         ("pass@64 down, 4 against 1", below(best := each(runs, at("last", "eval/pass@64"), *UPDATES), "grpo",
                                             "grpo-updates-1"), best)], curves("eval/pass@64")),
-    11: Finding(["grpo-prompts-16", "grpo-prompts-64", "grpo-prompts-256", "grpo"],  # grpo: 4,000
+    11: Finding("Fewer prompts than 4,000", [*(f"grpo-prompts-{n}" for n in (16, 64, 256)), "grpo"],
                 "less diverse prompts, less H; a few hundred near the full set", lambda runs, h_end, pass1: [
         ("fewer prompts, less H on these", rising(h_end, *runs), h_end),
         ("and less on the test problems", rising(h := each(runs, at("last", "eval/entropy")), *runs), h),
         ("256 make over nine tenths of the gain in pass@1",
          np.mean((made := each(runs, gain))["grpo-prompts-256"]) > 0.9 * np.mean(made["grpo"]), made)]),
-    12: Finding(["grpo-updates-8", "clip_higher", "grpo-unclipped", "grpo-wide", "grpo-tight"],
+    12: Finding("Clip thresholds", ["grpo-updates-8", "clip_higher", "grpo-unclipped", "grpo-wide", "grpo-tight"],
                 "clip-higher 0.539, above clip-free; a larger lower bound the least", lambda runs, h_end, pass1: [
         ("clip-higher ends above clip-free", above(h_end, "clip_higher", "grpo-unclipped"), h_end),
         ("a larger lower bound, 0.6, ends below all", below(h_end, "grpo-wide"), {}),
         ("a tighter one, 0.05, ends above 0.2", above(h_end, "grpo-tight", "grpo-updates-8"), {})]),
-    13: Finding(["grpo", "quadrant-positive", "par-0", "par-0.5", "par", "grpo-easy", "quadrant-positive-easy"],
+    13: Finding("The sign of A", ["grpo", "quadrant-positive", *PAR, "grpo-easy", "quadrant-positive-easy"],
                 "A >= 0 only 0.015, A <= 0 only 0.884", lambda runs, h_end, pass1: [
         ("A > 0 only ends below GRPO and A < 0 only", below(h_end, "quadrant-positive", "grpo", "par-0"), h_end),
         ("on easy problems below GRPO", below(h_end, "quadrant-positive-easy", "grpo-easy"), {}),
         ("A < 0 only keeps nine tenths", min(keep := each(runs, kept)["par-0"]) > 0.9, {"kept": keep}),
         ("the weight of A > 0 sets H: it rises from 1 to 0.5 to 0", rising(h_end, "grpo", "par-0.5", "par-0"), {}),
         ("led by H it keeps the target of 0.35 to 0.05", max(abs(np.subtract(h_end["par"], 0.35))) < 0.05, {})]),
-    14: Finding([*UPDATES, *CLIP_COV, *KL_COV, "quadrant-positive", "par-0", "par-0.5", "par", "adaptive_entropy"],
+    14: Finding("What goes with entropy", [*UPDATES, *CLIP_COV, *KL_COV, "quadrant-positive", *PAR, "adaptive_entropy"],
                 "Spearman 0.88; overconfident at low H; GRPO 44.12, PAR 45.66", together, together_figure)}
 
 
@@ -184,16 +185,15 @@ def main():
     if any("difficulty" in SETTINGS[name] and not exist(name) for name in wanted):
         difficulty.main()
     run_all({name: flags[name] for name in wanted}, SEEDS, Path("runs/findings"), RESULTS, args.workers)
-    table = "| finding | claim | papers | here | verdict |\n|---|---|---|---|---|\n"
+    rows = {}
     for number, finding in FINDINGS.items():
         if number in args.only or exist(*finding.names):
             runs = {name: [read_metrics(file) for file in files[name]] for name in finding.names if name in SETTINGS}
-            table += (rows := table_rows(number, finding, runs))
+            rows[number] = table_rows(number, finding, runs)
             if number in args.only:
-                print(rows)
+                print(rows[number])
                 finding.draw(runs, RESULTS / f"{number}.png")
-    settings = [f"- `{name}`: `train.py {' '.join(flags[name])}`\n" for name in SETTINGS if exist(name)]
-    (RESULTS.parent / "findings.md").write_text(f"{__doc__}\n{table}\nThe runs:\n\n{''.join(settings)}")
+    (RESULTS.parent / "findings.md").write_text(report(__doc__, rows, flags))
 
 
 if __name__ == "__main__":

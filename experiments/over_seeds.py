@@ -222,6 +222,7 @@ def together_figure(runs, png):
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 class Finding(NamedTuple):
+    title: str
     names: list       # of the runs
     paper: str        # the papers' numbers
     claims: Callable  # runs, h_end (H at the end), pass1 (the last pass@1) -> (claim, whether it holds, found) of each
@@ -233,5 +234,20 @@ def table_rows(number, finding, runs):
     rows = ""
     for claim, holds, found in finding.claims(runs, each(runs, at("end")), each(runs, at("last", RIGHT))):
         verdict = "holds" if holds else "**does not hold here**"
-        rows += f"| {number} | {claim} | {'' if rows else finding.paper} | {told(found) or 'as above'} | {verdict} |\n"
+        first = (f"{number}. {finding.title}", finding.paper, f"`--only {number}`") if not rows else ("", "", "")
+        rows += f"| {first[0]} | {claim} | {first[1]} | {told(found) or 'as above'} | {verdict} | {first[2]} |\n"
     return rows
+
+
+def verdict(rows):
+    """From the rows of its claims: "holds (3 of 3)", "in part (1 of 3)" or "does not hold here (0 of 3)"."""
+    held, claims = rows.count("| holds |"), rows.count("\n")
+    return f"{'holds' if held == claims else 'in part' if held else 'does not hold here'} ({held} of {claims})"
+
+
+def report(about, rows, settings):
+    """results/findings.md. rows: {number: table_rows}; settings: {name: flags}."""
+    short = "".join(f"- {text.split(' | ')[0][2:]}: {verdict(text)}\n" for text in rows.values())
+    head = f"| finding | claim | papers | here | verdict | `python -m experiments.findings` |\n{6 * '|---'}|\n"
+    runs = "".join(f"- `{name}`: `train.py {' '.join(words)}`\n" for name, words in settings.items())
+    return f"{about}\nClaims that hold:\n\n{short}\n{head}{''.join(rows.values())}\nThe runs:\n\n{runs}"
