@@ -2580,6 +2580,8 @@ def test_numbers_over_seeds_by_hand():
     assert over_seeds.after_updates(80, 4)(rows) == (9 + 9 + 8 + 8 + 8) / 5                # steps 18 to 22
     half = [{"step": 0, "x": 1.0}, {"step": 50, "x": 4.0}, {"step": 100, "x": 5.0}]
     assert over_seeds.made_by(1 / 2, "x")(half) == 0.75 and over_seeds.made_by(1 / 4, "x")(half) == 0.375
+    law = over_seeds.over_law({"grpo": [[{"eval/entropy": h, over_seeds.RIGHT: 1 - 0.5 * math.exp(h)} for h in (0.1, 0.2, 0.3)]]})
+    assert math.isclose(law([{"eval/entropy": 9, over_seeds.RIGHT: 9}, {"eval/entropy": 0.5, over_seeds.RIGHT: 0.2}]), 0.2 - 1 + 0.5 * math.exp(0.5))
     fall = [12.0 - min(t, 6) for t in range(12)]                                           # six steps, a nat each
     assert entropy.share_made(range(1, 13), fall, 1 / 12) == 1 / 6 and entropy.share_made(range(1, 13), fall, 1 / 3) == 4 / 6
     assert entropy.share_made(range(0, 24, 2), fall, 1 / 11) == 1 / 6
@@ -2642,7 +2644,7 @@ def claims_hold(number):
     good, bad = {
         5: (({"grpo": 0.3, "entropy_bonus-0.001": 0.3001, "entropy_bonus-0.01": 0.4, "entropy_bonus-0.1": 3, "kl_loss-0.1": 0.4, "kl_loss-1": 0.5},
              {"grpo": 0.4, "kl_loss-0.1": 0.3, "kl_loss-1": 0.2}), ({name: 0.3 + 0.1 * (name == "grpo") for name in names}, {})),
-        6: (({name: 0.02 + 0.2 * (i and 1 + (i - 1) % 3) for i, name in enumerate(names)}, {"grpo": 0.1}),
+        6: (({name: 0.02 + 0.2 * (i and 1 + (i - 1) % 3) for i, name in enumerate(names)}, {"grpo": 0.2}),
             ({name: 0.3 - 0.1 * (i and 1) for i, name in enumerate(names)}, {"grpo": 0.9})),
         8: (({"grpo": 0.5, **{f"quadrant-{q}": 0.6 if q in ("pos_likely", "neg_rare") else 0.4 for q in findings.WEAKENED}},),
             ({"grpo": 0.5, **{f"quadrant-{q}": 0.4 if q in ("pos_likely", "neg_rare") else 0.6 for q in findings.WEAKENED}},)),

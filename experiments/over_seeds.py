@@ -67,6 +67,13 @@ def eval_law(what):
     return number
 
 
+def over_law(runs, name="grpo"):
+    """A function of rows: the last pass@1 less what that run's law, through the evaluations of all its seeds, gives
+    at the entropy of these rows on the test problems."""
+    law = fit_law(*np.hstack([(column(rows, "eval/entropy"), column(rows, RIGHT)) for rows in runs[name]]))
+    return lambda rows: at("last", RIGHT)(rows) - (law["b"] - law["a"] * np.exp(at("last", "eval/entropy")(rows)))
+
+
 def forecast_error(rows):
     """RMSE of the training reward after the first 15 % of the steps, forecast by the law from these; nine-step means,
     as the reward of 64 problems alone scatters by 0.03."""
