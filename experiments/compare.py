@@ -21,8 +21,9 @@ from record import plot_curves, read_metrics, usual_panels, write_whole
 RUNS, RESULTS = Path("runs/compare"), Path("experiments/results")
 KEPT = ("step", "reward/mean", "reward/zero_std_frac", "entropy/response_mean", "entropy/change_measured",
         "policy/group_cov_mean", "policy/group_cov_hard", "policy/group_cov_mid", "policy/group_cov_easy",
-        "response/ngram_diversity", "policy/clip_frac", "policy/selected_frac", "quadrant/pos_likely_dH_share",
-        "quadrant/pos_rare_dH_share", "quadrant/neg_likely_dH_share", "quadrant/neg_rare_dH_share", "train/skipped",
+        "response/ngram_diversity", "policy/clip_frac", "policy/selected_frac", "policy/weight_mean",
+        "controller/positive_weight", "quadrant/pos_likely_dH_share", "quadrant/pos_rare_dH_share",
+        "quadrant/neg_likely_dH_share", "quadrant/neg_rare_dH_share", "train/skipped",
         "train/grad_norm", "time/step_s")  # and all of an evaluation, and of step 1 the token covariances
 
 
