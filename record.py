@@ -241,8 +241,8 @@ COLOURS = dict(
     grpo="tab:blue", clip_cov="tab:orange", kl_cov="tab:green", clip_higher="tab:red", entropy_bonus="tab:purple",
     kl_loss="tab:brown", steer="tab:pink", par="tab:olive", w_reinforce="tab:cyan", entropy_advantage="navy",
     entropic="gold", dcpo="darkgreen", aepo="lightgreen", flex_clip="salmon", ce_gppo="darkred", cispo="deeppink",
-    gspo="black", rand_pos_clip="tan", fork_tokens="teal", clip_b="slateblue", clip_v="violet",
-    adaptive_entropy="steelblue", aer="yellowgreen", siren="chocolate", quadrant="darkkhaki")
+    gspo="darkkhaki", rand_pos_clip="tan", fork_tokens="teal", clip_b="slateblue", clip_v="violet",
+    adaptive_entropy="crimson", aer="yellowgreen", siren="chocolate", quadrant="black")
 
 
 def method_of(label):

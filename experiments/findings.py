@@ -128,7 +128,7 @@ FINDINGS = {
         ("one ends at 10 times GRPO's H", max(map(np.mean, h_end.values())) > 10 * np.mean(h_end["grpo"]), {}),
         ("pass@1 of both, at 0.02, is above GRPO's", below(pass1, "grpo", "clip_cov-0.02", "kl_cov-0.02"), pass1),
         ("ours: pass@16 of both, at 0.02, is above GRPO's",
-         below(many := each(runs, at("last", "eval/pass@16")), "grpo", "clip_cov-0.02", "kl_cov-0.02"), many)]),
+         below(best := each(runs, at("last", "eval/pass@16")), "grpo", CLIP_COV[1], KL_COV[1]), best)], curves(16)),
     7: Finding("Estimates of dH", ["microscope"], "STEER: Pearson 0.4 (others: 0.26)", estimates, lambda *_: 0),
     8: Finding("Quadrants", ["grpo", *(f"quadrant-{q}" for q in WEAKENED)], "as predicted", lambda runs, h_end, pass1: [
         (f"half of {q}: H ends {order.__name__} GRPO's", order(h_end, f"quadrant-{q}", "grpo"),
@@ -147,7 +147,7 @@ FINDINGS = {
             h := {name: each(runs, after_updates(96, n), name)[name] for name, n in UPDATES.items()}, *[*h][::-1]), h),
         ("training reward up, 4 against 1", above(r := each(runs, at("end", REWARD)), "grpo", "grpo-updates-1"), r),
         ("pass@64 down, 4 against 1", below(best := each(runs, at("last", "eval/pass@64"), *UPDATES), "grpo",
-                                            "grpo-updates-1"), best)], curves("eval/pass@64")),
+                                            "grpo-updates-1"), best)], curves(64)),
     11: Finding("Fewer prompts than 4,000", [*(f"grpo-prompts-{n}" for n in (16, 64, 256)), "grpo"],
                 "less diverse prompts, less H; a few hundred near the full set", lambda runs, h_end, pass1: [
         ("fewer prompts, less H on these", rising(h_end, *runs), h_end),

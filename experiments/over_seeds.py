@@ -160,9 +160,12 @@ def told(found):
 
 # ---- figures: functions of runs and of the file to write -------------------------------------------------------------
 
-def curves(*more):
-    """Against the step: the usual panels, and these metrics."""
-    return lambda runs, png: plot_curves(runs, png, usual_panels(runs) | {key: key for key in more})
+def curves(k=8):
+    """Against the step: the usual panels, with pass@k for pass@8."""
+    def draw(runs, png):
+        panels = {key: title for key, title in usual_panels(runs).items() if key != "eval/pass@8"}
+        plot_curves(runs, png, panels | {f"eval/pass@{k}": f"test pass@{k}"})
+    return draw
 
 
 def panels(titles, xlabel):
@@ -218,8 +221,11 @@ def tail_figure(runs, png):
     figure, (axis,) = panels(["token covariance, step 1: mean of the top share"], "share of the tokens")
     top = {name: [rows[1][f"policy/cov_top_{share}"] for rows in seeds for share in TOP_SHARES]
            for name, seeds in runs.items()}
-    points(axis, {name: ([float(share) for share in TOP_SHARES] * len(runs[name]), y) for name, y in top.items()})
-    axis.set_xscale("log")
+    shares = [float(share) for share in TOP_SHARES]
+    points(axis, {name: (shares * len(runs[name]), y) for name, y in top.items()})
+    axis.plot(shares, (5.65, 3.11, 1.39, 0.35), "x", color="tab:gray", label="Qwen2.5-7B, arXiv 2505.22617")
+    axis.set(xscale="log", ylim=0)
+    axis.legend(fontsize=8)
     save(figure, png)
 
 
