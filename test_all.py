@@ -2593,6 +2593,7 @@ def test_numbers_over_seeds_by_hand():
     assert over_seeds.rising(found, "low", "mid", "high") and not over_seeds.rising(found, "mid", "low", "high")
     assert over_seeds.above(found, "high") and over_seeds.above(found, "high", "mid") and not over_seeds.above(found, "mid", "low")
     assert over_seeds.below(found, "mid", "high") and not over_seeds.below(found, "low") and not over_seeds.below(found, "high", "low")
+    assert over_seeds.apart(found, "low", "high") and not over_seeds.apart(found, "low", "mid")
     assert over_seeds.told({"a": [1, 2, 6], "b": [0.5]}) == "a 3.000 (1.000 to 6.000); b 0.500" and over_seeds.flat(found)[2:4] == [3, 2]
     rows = [{"step": t, "policy/group_cov_mean": 2 + t % 3, "entropy/change_measured": -5 - t % 3 - (t < 11)} for t in range(50)]
     assert math.isclose(over_seeds.covariance_and_fall(1)(rows), 1) and math.isclose(over_seeds.covariance_and_fall(2)(rows), 1)

@@ -124,6 +124,11 @@ def below(found, less, *more):
     return max(found[less]) < min(min(found[name]) for name in more or found if name != less)
 
 
+def apart(found, *names):
+    """Whether the means over seeds of these are further apart than the seeds of any one of them."""
+    return np.ptp([np.mean(found[name]) for name in names]) > max(np.ptp(found[name]) for name in names)
+
+
 def spearman(x, y):
     """Rank correlation of two lists of numbers; equal values share a rank."""
     def ranks(values):
