@@ -366,7 +366,8 @@ def share_made(steps, values, part):
     steps (n,): rising, those of the values (n,). An entropy is of the policy before the updates of its step, so both
     series, entropies from step 1 and evaluations from step 0, begin with the base and count from there."""
     end = np.mean(values[-math.ceil(len(values) / 10):])
-    at_part = np.interp(part * steps[-1], np.subtract(steps, steps[0]), values)
+    length = steps[-1] - max(steps[0] - 1, 0)
+    at_part = np.interp(part * length, np.subtract(steps, steps[0]), values)
     return float((at_part - values[0]) / (end - values[0]))
 
 

@@ -2,6 +2,7 @@
 
 rows: the metrics of a run, one dict per step; runs: {name: [rows of each seed]}; found: {name: [a number per seed]}.
 """
+import itertools
 import json
 import math
 import subprocess
@@ -28,8 +29,8 @@ LAW_PANELS = {"algorithms": ("grpo", "grpo-no-std", "w_reinforce-1"), "data": ("
 def column(rows, key, smooth=1):
     """The metric of the rows that have it, as running means over `smooth` of them."""
     values = [row[key] for row in rows if key in row]
-    if not values:
-        raise ValueError(f"no row has the metric {key}: is this the run that the finding names?")
+    if len(values) < smooth:
+        raise ValueError(f"{len(values)} rows have the metric {key}, not {smooth}: is this the run the finding names?")
     return np.convolve(values, np.ones(smooth) / smooth, "valid")
 
 
@@ -92,8 +93,11 @@ def positive_covariance(rows):
 def covariance_and_fall(smooth):
     """A function of rows: Pearson of group covariance and -dH, as running means, after the ten steps of the learning
     rate's warm-up (of runs with one update per rollout batch)."""
-    return lambda rows: float(np.corrcoef(column(rows[11:], "policy/group_cov_mean", smooth),
-                                          -column(rows[11:], "entropy/change_measured", smooth))[0, 1])
+    def number(rows):
+        both = [row for row in rows[11:] if {"policy/group_cov_mean", "entropy/change_measured"} <= set(row)]
+        return float(np.corrcoef(column(both, "policy/group_cov_mean", smooth),
+                                 -column(both, "entropy/change_measured", smooth))[0, 1])
+    return number
 
 
 def covariance_by_difficulty(part):
@@ -110,8 +114,8 @@ def each(runs, number, *names):
 
 
 def rising(found, *names):
-    """Whether the means over seeds rise in the order of the names; of n names by chance 1 time in n!."""
-    return bool(np.all(np.diff([np.mean(found[name]) for name in names]) > 0))
+    """Whether each of these is above the one before, every seed above every seed."""
+    return all(above(found, more, less) for less, more in itertools.pairwise(names))
 
 
 def above(found, more, *less):
@@ -125,8 +129,8 @@ def below(found, less, *more):
 
 
 def apart(found, *names):
-    """Whether the means over seeds of these are further apart than the seeds of any one of them."""
-    return np.ptp([np.mean(found[name]) for name in names]) > max(np.ptp(found[name]) for name in names)
+    """Whether one of these is above another."""
+    return any(above(found, more, less) for more, less in itertools.permutations(names, 2))
 
 
 def spearman(x, y):
@@ -271,9 +275,10 @@ def verdict(rows):
     return f"{'holds' if held == claims else 'in part' if held else 'does not hold here'} ({held} of {claims})"
 
 
-def report(about, rows, settings):
-    """results/findings.md. rows: {number: table_rows}; settings: {name: flags}."""
+def report(about, rows, findings, flags):
+    """results/findings.md. rows: {number: table_rows} of some of the findings; flags: {name: those of its runs}."""
     short = "".join(f"- {text.split(' | ')[0][2:]}: {verdict(text)}\n" for text in rows.values())
     head = f"| finding | claim | papers | here | verdict | `python -m experiments.findings` |\n{6 * '|---'}|\n"
-    runs = "".join(f"- `{name}`: `train.py {' '.join(words)}`\n" for name, words in settings.items())
+    names = [name for name in flags if any(name in findings[number].names for number in rows)]
+    runs = "".join(f"- `{name}`: `train.py {' '.join(flags[name])}`\n" for name in names)
     return f"{about}\nClaims that hold:\n\n{short}\n{head}{''.join(rows.values())}\nThe runs:\n\n{runs}"

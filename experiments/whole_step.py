@@ -1,7 +1,6 @@
 """Whole training steps of train.py and of TRL's GRPOTrainer on the same random model, timed; rows of benchmark.py."""
 import os
 import time
-from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -57,13 +56,13 @@ def steps_less_metrics(folder, steps):
 
     Old log-probs are needed without them too, so these are scored a second time, alone: only what the other statistics
     add counts, and that second time counts nowhere."""
-    names, seconds = ("score_all", "measure", "entropy_after"), Counter()
-    real = {name: getattr(train, name) for name in names}
+    real = {name: getattr(train, name) for name in ("score_all", "measure", "entropy_after")}
+    seconds = {name: [] for name in (*real, "alone")}
 
     def timed(name, *args, into=None):
         start = time.process_time()
         result = real[name](*args)
-        seconds[into or name] += (time.process_time() - start) / steps
+        seconds[into or name].append(time.process_time() - start)
         return result
 
     def score_all(policy, batch, wanted, *rest):
@@ -71,9 +70,10 @@ def steps_less_metrics(folder, steps):
         return timed("score_all", policy, batch, wanted, *rest)
     train.score_all = score_all
     train.measure, train.entropy_after = partial(timed, "measure"), partial(timed, "entropy_after")
-    step = our_steps("--method grpo", folder, steps)[0] - seconds["alone"]
+    step = our_steps("--method grpo", folder, steps)[0]
     train.score_all, train.measure, train.entropy_after = real.values()
-    return step, step - (sum(seconds[name] for name in names) - seconds["alone"])
+    means = {name: np.mean(found[1:]) for name, found in seconds.items()}  # without the first step, as our_steps
+    return step - means["alone"], step - sum(means.values()) + means["alone"]
 
 
 def trl_steps(model, problems, updates, steps):
