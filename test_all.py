@@ -2704,6 +2704,27 @@ def test_settings_of_the_findings_are_all_used_and_train_takes_them(monkeypatch,
         assert config["method"] == name.split("-")[0] and config["prompts_per_step"] == 64
 
 
+def test_committed_findings_and_readme_say_what_the_committed_metrics_say():
+    """findings.md is what the metrics give, row by row, for all 14 and three seeds each; the README's table has its verdicts,
+    and no number that is not, rounded, in the finding's rows."""
+    results = HERE / findings.RESULTS
+    text = (results.parent / "findings.md").read_text()
+    section = (HERE / "README.md").read_text().split("\n## The papers' findings, rerun\n")[1].split("\n## ")[0]
+    table = {int(line.split("]")[0][3:]): line for line in section.splitlines() if re.match(r"\| \[\d", line)}
+    assert set(table) == set(findings.FINDINGS)
+    for number, finding in findings.FINDINGS.items():
+        runs = {name: [record.read_metrics(results / f"{name}-seed{seed}.jsonl") for seed in findings.SEEDS]
+                for name in finding.names if name != "microscope"}
+        rows, (_, link, papers, here, verdict, _) = over_seeds.table_rows(number, finding, runs), table[number].split("|")
+        assert rows in text and verdict.strip() == over_seeds.verdict(rows), (number, over_seeds.verdict(rows))
+        assert (HERE / re.search(r"\((.*)\)", link)[1]).exists()
+        found, told = re.findall(r"\d+\.\d{3}", rows), re.findall(r"\d+\.\d{2,}", here)
+        known = {f"{float(value):.{digits}f}" for value in found for digits in (2, 3)} | set(re.findall(r"\d+\.\d+", rows))
+        assert told and not [value for value in told if value not in known], number
+    count = sum(map(text.count, ("| holds |", "| **does not hold here** |")))
+    assert f"All {count} claims" in section and f"{len(findings.SETTINGS)} settings × {len(findings.SEEDS)} seeds" in section
+
+
 def test_findings_runs_what_it_needs_and_tables_what_it_has(monkeypatch, tmp_path, capsys):
     """run_all stands in: --only 12 asks for its runs alone; findings.md has every finding whose runs are all there."""
     folder, asked = tmp_path / "findings", []

@@ -281,4 +281,4 @@ def report(about, rows, findings, flags):
     head = f"| finding | claim | papers | here | verdict | `python -m experiments.findings` |\n{6 * '|---'}|\n"
     names = [name for name in flags if any(name in findings[number].names for number in rows)]
     runs = "".join(f"- `{name}`: `train.py {' '.join(flags[name])}`\n" for name in names)
-    return f"{about}\nClaims that hold:\n\n{short}\n{head}{''.join(rows.values())}\nThe runs:\n\n{runs}"
+    return f"{about}\n\nClaims that hold:\n\n{short}\n{head}{''.join(rows.values())}\nThe runs:\n\n{runs}"
