@@ -58,7 +58,7 @@ def early(runs, *_):
 def law(runs, *_):
     fits = {what: each(runs, eval_law(what))["grpo"] for what in ("r2", "r2 of a line", "r2 of the step")}
     yield "pass@1 = -a exp(H) + b, on the test problems, fits GRPO: R^2 of 0.9 or more", min(fits["r2"]) >= 0.9, fits
-    error, mean = each(runs, forecast_error), each(runs, lambda rows: forecast_error(rows, np.mean), "grpo")["grpo"]
+    error, mean = each(runs, forecast_error), each(runs, lambda rows: forecast_error(rows, "rmse_mean"), "grpo")["grpo"]
     error["grpo, by the mean of its first 15 %"] = mean
     yield "GRPO's first 15 % forecast its rewards: RMSE up to 0.02", max(error["grpo"]) <= 0.02, error
     for what in "ab":

@@ -4,7 +4,6 @@ rows: the metrics of a run, one dict per step; runs: {name: [rows of each seed]}
 """
 import itertools
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from entropy import fit_law, share_made
+from entropy import fit_law, law_forecast, share_made
 from record import line_styles, plot_curves, usual_panels
 
 H, REWARD, RIGHT, NATS = "entropy/response_mean", "reward/mean", "eval/pass@1", "policy entropy (nats per token)"
@@ -74,15 +73,10 @@ def eval_law(what):
     return number
 
 
-def forecast_error(rows, predict=None):
-    """RMSE of the training reward after the first 15 % of the steps, forecast by the law from these, or by a function
-    of their rewards. Of nine-step means, as the reward of 64 problems scatters by 0.03; no mean spans both parts."""
-    first = 1 + math.ceil(0.15 * (len(rows) - 1))  # rows[0] is the base
-    (h, reward), (h_rest, reward_rest) = ((column(part, H, 9), column(part, REWARD, 9))
-                                          for part in (rows[:first], rows[first:]))
-    law = fit_law(h, reward)
-    forecast = predict(reward) if predict else law["b"] - law["a"] * np.exp(h_rest)
-    return float(np.sqrt(np.mean((reward_rest - forecast)**2)))
+def forecast_error(rows, what="rmse_rest"):
+    """RMSE of the training reward after the first 15 % of the steps, forecast by the law from these, or by their mean
+    ("rmse_mean"). Of nine-step means, as the reward of 64 problems scatters by 0.03."""
+    return law_forecast(column(rows, H), column(rows, REWARD), smooth=9)[what]
 
 
 def positive_covariance(rows):
@@ -228,10 +222,9 @@ def covariance_figure(runs, png):
 
 def tail_figure(runs, png):
     figure, (axis,) = panels(["token covariance, step 1: mean of the top share"], "share of the tokens")
-    top = {name: [rows[1][f"policy/cov_top_{share}"] for rows in seeds for share in TOP_SHARES]
-           for name, seeds in runs.items()}
-    shares = [float(share) for share in TOP_SHARES]
-    points(axis, {name: (shares * len(runs[name]), y) for name, y in top.items()})
+    shares, tops = [float(share) for share in TOP_SHARES], covariance_tops(runs)
+    values = np.array([tops[f"top {share}"] for share in TOP_SHARES])  # a row per share, a column per seed
+    points(axis, {"grpo": (np.repeat(shares, values.shape[1]), values.ravel())})
     axis.plot(shares, (5.65, 3.11, 1.39, 0.35), "x", color="tab:gray", label="Qwen2.5-7B, arXiv 2505.22617")
     axis.set(xscale="log", ylim=0)
     axis.legend(fontsize=8)
