@@ -3,6 +3,7 @@
 What is written is complete or absent, so that a run killed at any moment goes on from its last checkpoint.
 """
 import json
+import math
 import os
 import re
 import shlex
@@ -40,7 +41,8 @@ SUSPICIOUS = (  # metric, limit, what it means, what to change: silence would be
     ("eval/timeout", 0, "test answers that ran out of the verifier's time count as wrong", "raise verify.TIME_LIMIT"))
 
 
-MAY_CHANGE_ON_RESUME = {"out", "save_every", "keep_checkpoints", "resume", "overwrite", "engine", "log_to"}
+MAY_CHANGE_ON_RESUME = {"out", "save_every", "keep_checkpoints", "resume", "overwrite", "engine", "log_to",
+                        "record_step"}
 
 
 def checkpoints(folder):
@@ -95,6 +97,17 @@ def write_whole(path, text):
     """All of the text or the file as it was: a run that is killed here loses no line."""
     path.with_suffix(".new").write_text(text)
     path.with_suffix(".new").rename(path)
+
+
+def record_answers(path, answers):
+    """--record_step: one line of JSON for each answer that a step learned from, in the order of the batch.
+
+    With the weights of the checkpoint before it, they are all that one needs to compute the step again. log_probs are
+    the engine's, nats; null for an answer that was drawn at another temperature (aepo)."""
+    rows = [{"prompt": a["prompt"], "response": a["response"], "seed": a["seed"], "reward": a["reward"],
+             "group_accuracy": a["group_accuracy"], "truncated": a["truncated"], "gold": a["problem"].answer,
+             "log_probs": None if math.isnan(a["log_probs"][0]) else a["log_probs"]} for a in answers]
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def check_folder(cfg):

@@ -33,7 +33,8 @@ import verify
 from entropy import MICROSCOPE, STATISTICS, build_policy, entropy_after, measure, score, score_all
 from losses import (CONTROLLERS, IDLE_WITH_ONE_UPDATE, MASKS, METHODS, REFUSED, Controller, k3, log_ratio, parse_knobs,
                     scale_gradient, token_mean, wanted_tensors, with_state)
-from record import RunLog, check_folder, checkpoints, dry_run, load_checkpoint, save_checkpoint
+from record import (RunLog, check_folder, checkpoints, dry_run, load_checkpoint, record_answers,
+                    save_checkpoint)
 from rollout import (collate, evaluate, full_tensors, gap_metrics, make_engine, micro_batches, mix_second_sample,
                      resolve_engine, reward_metrics, rollout_batch, total)
 
@@ -103,11 +104,12 @@ class Run:
     overwrite: bool = flag(False, "delete an earlier run of that name")
     dry_run: bool = flag(False, "print the plan, three prompts and verdicts on their gold answers, then exit")
     log_to: str = flag("", "tensorboard or wandb, beside metrics.jsonl")
+    record_step: int = flag(0, "write the answers that this step learns from to step-N-rank-R.jsonl (0: none)")
     trust_remote_code: bool = flag(False, "run Python code that comes with the model")
 
 
 MAY_BE_ZERO = {"num_prompts", "max_resample", "tis_cap", "steps", "warmup_updates", "weight_decay", "eval_prompts",
-               "seed"}
+               "seed", "record_step"}
 CHOICES = {"parallel": ("ddp", "fsdp"), "dtype": ("auto", "float32", "bfloat16"), "adv_norm": ("std", "none"),
            "log_to": ("", "tensorboard", "wandb")}
 
@@ -279,6 +281,8 @@ def main(argv=None):
         metrics = reward_metrics(answers, cfg.group_size)
         if "second_temperature" in controller.state:
             mix_second_sample(engine, tokenizer, answers, controller.state, cfg)
+        if step == cfg.record_step:
+            record_answers(folder / f"step-{step}-rank-{rank}.jsonl", answers)
         verdicts = total(torch.tensor([verify.outcomes.pop(v, 0) for v in verify.VERDICTS])).tolist()
         batch = collate(answers, device)
         engine.sleep()
