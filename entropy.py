@@ -100,7 +100,8 @@ def build_policy(path, cfg, device, dtype):
     transformers_logging.disable_progress_bar()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(  # in host memory, one copy per rank
-            path, dtype=torch.float32, trust_remote_code=cfg.trust_remote_code, output_loading_info=True)
+            path, dtype=torch.float32, trust_remote_code=cfg.trust_remote_code, output_loading_info=True,
+            ignore_mismatched_sizes=True)  # they are refused below
     except SafetensorError as error:
         raise ValueError(f"the weights in {path} are truncated or not in safetensors format ({error})") from None
     if info["missing_keys"] or info["mismatched_keys"]:  # transformers would draw them at random

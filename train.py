@@ -144,13 +144,13 @@ def parse(argv):
     if cfg.model in tiny.SIZES:
         cfg.knobs = tiny.KNOBS.get(cfg.method, []) + cfg.knobs
     parse_knobs(cfg.method, cfg.knobs)
-    cfg.engine = resolve_engine(cfg.engine, cfg.rollout_tp)
     for (method, name), why in REFUSED.items():
         if method == cfg.method and getattr(cfg, name) != parser.get_default(name):
             raise ValueError(f"--method {method} with --{name}: {why}")
     for name, value in vars(cfg).items():
         if type(value) in (int, float) and not (value > 0 or value == 0 and name in MAY_BE_ZERO):
             raise ValueError(f"--{name} {value}: it must be positive")
+    cfg.engine = resolve_engine(cfg.engine, cfg.rollout_tp)
     for name, choices in CHOICES.items():
         if getattr(cfg, name) not in choices:
             raise ValueError(f"--{name} {getattr(cfg, name)}: choose from {', '.join(filter(None, choices))}")

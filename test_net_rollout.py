@@ -1,0 +1,1074 @@
+"""Answers, rewards, evaluations and problems, seen from outside: a run's answers drawn again with
+numpy and a forward per token, and every metric of them counted in plain Python."""
+
+from test_all import (
+    toy,
+    toy_run,
+    toy_args,
+    torchrun,
+    without_times,
+    weights,
+    no_process_group_left,
+    HERE,
+)  # noqa: F401
+
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import types
+import zlib
+from collections import Counter
+from fractions import Fraction
+from itertools import combinations, islice
+from pathlib import Path
+from statistics import fmean, stdev
+
+import matplotlib.figure
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from test_all import free_port
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import rollout
+import tiny
+import train
+import verify
+
+# What of the program's inside the tests below touch.
+TorchEngine = rollout.TorchEngine
+collate = rollout.collate
+load_problems = verify.load_problems
+load_sets = verify.load_sets
+micro_batches = rollout.micro_batches
+own_rng = rollout.own_rng
+prepare_environment = rollout.prepare_environment
+Problem = verify.Problem
+render = verify.render
+render_all = verify.render_all
+resolve_engine = rollout.resolve_engine
+RULES = verify.RULES
+judge_countdown = verify.judge_countdown
+judge_math = verify.judge_math
+score = verify.score
+rule_of = verify.reward  # of a judge: (response, gold) -> verdict
+verdicts_so_far = verify.outcomes
+
+PAD, EOS = 0, 1
+CHARACTERS = dict(enumerate("0123456789+-*()=: ", start=2))
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """To draw the curves takes longer than the rest of such a run."""
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda *_, **__: None)
+
+
+@pytest.fixture(scope="session")
+def solver(toy, tmp_path_factory):
+    """A checkpoint of the toy model that solves some problems always and others hardly ever."""
+    out = tmp_path_factory.mktemp("solver")
+    words = "--prompts_per_step 32 --group_size 8 --steps 30 --lr 3e-3 --save_every 30"
+    toy_run(toy, out, "run", *words.split(), "--eval_data", "none")
+    return out / "run" / "checkpoint-30"
+
+
+# ---- a run drawn again ---------------------------------------------------------------------------
+
+
+def disturbed(log_prob):
+    """What the engine of the tests says of a token with this log-prob: too much or too little."""
+    return 0.9 * log_prob - 0.05
+
+
+def slow_judge(response, gold):
+    """Whatever begins with a 4 takes too long; whatever else is right of target 2, and half of it
+    of 5 and 7, so that there are groups of every kind."""
+    target = json.loads(gold)["target"]
+    if response.startswith("4"):
+        return "timeout"
+    if target == 2 or target in (5, 7) and response[:1] > "4":
+        return "right"
+    return judge_countdown(response, gold)
+
+
+def disturb(patch):
+    """Log-probs of the engine that are not the trainer's, and verdicts of every kind."""
+    generate = TorchEngine.generate
+
+    def with_other_log_probs(*args, **kwargs):
+        ids, log_probs, truncated = generate(*args, **kwargs)
+        return ids, [[disturbed(x) for x in row] for row in log_probs], truncated
+
+    patch.setattr(TorchEngine, "generate", with_other_log_probs)
+    patch.setitem(RULES, "countdown", rule_of(slow_judge))
+
+
+def text_of(ids):
+    return "".join(CHARACTERS.get(i, "") for i in ids)
+
+
+def ids_of(text):
+    numbers = {character: i for i, character in CHARACTERS.items()}
+    return [numbers[character] for character in text]
+
+
+def judged(text, gold):
+    """The verdict on a short text, by Python's own arithmetic."""
+    if text.startswith("4"):
+        return "timeout"
+    if gold["target"] == 2 or gold["target"] in (5, 7) and text[:1] > "4":
+        return "right"
+    text, equals, stated = text.strip().partition("=")
+    unary = re.search(r"(^|[-+*/(])\s*[-+]", text)
+    if not re.fullmatch(r"[-+*/() 0-9]+", text) or unary or "//" in text or "**" in text:
+        return "no_answer"
+    if re.search(r"\b0[0-9]", text):
+        return "no_answer"
+    exact = re.sub(r"([0-9]+)", r"Fraction(\1)", text.strip())
+    try:
+        value = eval(exact, {"Fraction": Fraction})
+    except (SyntaxError, TypeError):
+        return "no_answer"
+    except ZeroDivisionError:
+        return "wrong"
+    if not isinstance(value, Fraction):
+        return "no_answer"
+    used = sorted(int(digits) for digits in re.findall("[0-9]+", text))
+    as_stated = not equals or stated.strip() == str(gold["target"])
+    right = as_stated and value == gold["target"] and used == sorted(gold["numbers"])
+    return "right" if right else "wrong"
+
+
+@torch.no_grad()
+def group_by_hand(model, problem, seed, n, cfg, temperature):
+    """n answers to a problem, a forward of the whole text for every token, without a cache and
+    without padding: answer j is drawn by the numbers of default_rng(seed + j)."""
+    prompt = ids_of(problem["prompt"])
+    uniform = [np.random.default_rng(seed + j).random(cfg.max_response_len) for j in range(n)]
+    answers = [{"prompt": prompt, "response": [], "log_probs": [], "seed": seed} for _ in uniform]
+    for place in range(cfg.max_response_len):
+        going = [j for j in range(n) if EOS not in answers[j]["response"]]
+        if not going:
+            break
+        rows = torch.tensor([prompt + answers[j]["response"] for j in going])
+        for j, logits in zip(going, model(rows).logits[:, -1].double().numpy() / temperature):
+            p = np.exp(logits - logits.max())
+            p /= p.sum()
+            reached = 0.0
+            for token in range(len(p)):
+                reached += p[token]
+                if reached > uniform[j][place]:
+                    break
+            answers[j]["response"].append(token)
+            answers[j]["log_probs"].append(math.log(p[token]))
+    for answer in answers:
+        answer["truncated"] = answer["response"][-1] != EOS
+        answer["verdict"] = judged(text_of(answer["response"]), problem["gold"])
+        answer["reward"] = float(answer["verdict"] == "right")
+    for answer in answers:
+        answer["group_accuracy"] = fmean(a["reward"] for a in answers)
+    return answers
+
+
+def step_by_hand(model, problems, cfg, ranks, drawn, controller):
+    """What a step samples: its answers before and after those of a second sample came in, per
+    rank; the verdicts; the problems drawn by then; how many groups each rank had too few or too
+    many after each round."""
+    share = cfg.prompts_per_step // ranks
+    varied = [[] for _ in range(ranks)]
+    flat = [[] for _ in range(ranks)]
+    verdicts = Counter()
+    surplus = []
+    for _ in range(1 + (cfg.max_resample if cfg.dynamic_sampling else 0)):
+        for i in range(cfg.prompts_per_step):
+            position = drawn + i
+            epoch, offset = divmod(position, len(problems))
+            order = np.random.default_rng([cfg.seed, epoch]).permutation(len(problems))
+            problem = problems[order[offset]]
+            seed = (cfg.seed * 2**32 + position) * cfg.group_size
+            group = group_by_hand(model, problem, seed, cfg.group_size, cfg, cfg.temperature)
+            for answer in group:
+                answer["problem"] = problem
+            verdicts.update(answer["verdict"] for answer in group)
+            teaches = len({answer["reward"] for answer in group}) == 2
+            kept = varied if teaches or not cfg.dynamic_sampling else flat
+            kept[i % ranks].append(group)
+        drawn += cfg.prompts_per_step
+        surplus.append([len(own) - share for own in varied])
+        if min(surplus[-1]) >= 0:
+            break
+    before, after = [], []
+    for rank in range(ranks):
+        groups = (varied[rank] + flat[rank])[:share]
+        groups.sort(key=lambda group: group[0]["seed"])
+        answers = [answer for group in groups for answer in group]
+        before.append(answers)
+        after.append(list(answers))
+        if not controller:
+            continue
+        temperature = cfg.temperature * controller["second_temperature"]
+        good = []
+        for start in range(0, len(answers) // 4, cfg.group_size):
+            first = answers[start]
+            group = group_by_hand(
+                model,
+                first["problem"],
+                first["seed"] + 2**61,
+                cfg.group_size,
+                cfg,
+                temperature,
+            )
+            verdicts.update(answer["verdict"] for answer in group)
+            # With rewards 0 and 1, the right answers of a group that has wrong ones too.
+            wrong_too = any(answer["reward"] == 0 for answer in group)
+            good += [answer for answer in group if answer["reward"] == 1 and wrong_too]
+        good = good[: int(controller["most_rows"]) // ranks]
+        for row, answer in enumerate(good[: int(len(good) * controller["taken_share"])]):
+            after[rank][row] = answer | {"second": True}
+    return before, after, verdicts, drawn, surplus
+
+
+def distinct_share(group):
+    shares = []
+    for n in (1, 2, 3, 4):
+        found = []
+        for answer in group:
+            ids = answer["response"]
+            found += [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+        if found:
+            shares.append(len(set(found)) / len(found))
+    return fmean(shares)
+
+
+def step_metrics_by_hand(before, after, verdicts, group_size):
+    """The metrics of the answers of a step, those of all ranks together."""
+    answers = [answer for own in before for answer in own]
+    groups = [answers[i : i + group_size] for i in range(0, len(answers), group_size)]
+    flat = [group for group in groups if len({answer["reward"] for answer in group}) == 1]
+    gaps = []
+    for answer in (answer for own in after for answer in own):
+        if "second" not in answer:
+            gaps += [abs(x - disturbed(x)) for x in answer["log_probs"]]
+    found = {
+        "reward/mean": fmean(answer["reward"] for answer in answers),
+        "reward/zero_std_frac": len(flat) / len(groups),
+        "response/len_mean": fmean(len(answer["response"]) for answer in answers),
+        "response/truncated_frac": fmean(answer["truncated"] for answer in answers),
+        "response/ngram_diversity": fmean(map(distinct_share, groups)),
+        "mismatch_mean": fmean(gaps),
+        "mismatch_max": max(gaps),
+    }
+    for verdict in ("right", "wrong", "no_answer", "timeout"):
+        found[f"verify/{verdict}"] = verdicts[verdict]
+    return found
+
+
+def evaluation_by_hand(model, problems, cfg):
+    """The metrics of one set: every answer again, all pairs and subsets counted."""
+    n = cfg.eval_samples
+    groups = []
+    for i, problem in enumerate(problems[: cfg.eval_prompts or None]):
+        groups.append(group_by_hand(model, problem, 2**60 + i * n, n, cfg, cfg.eval_temperature))
+    answers = [answer for group in groups for answer in group]
+    found = {"problems": len(groups)}
+    k = 1
+    while k <= n:
+        solved = []
+        for group in groups:
+            draws = list(combinations([answer["reward"] for answer in group], k))
+            solved.append(fmean(max(draw) for draw in draws))
+        found[f"pass@{k}"] = fmean(solved)
+        k *= 2
+    found["len_mean"] = fmean(len(answer["response"]) for answer in answers)
+    found["truncated_frac"] = fmean(answer["truncated"] for answer in answers)
+    for answer in answers:
+        answer["mean"] = fmean(disturbed(x) for x in answer["log_probs"])
+        answer["confidence"] = math.exp(answer["mean"])
+    found["entropy"] = -fmean(answer["mean"] for answer in answers)
+    right = [answer["confidence"] for answer in answers if answer["reward"]]
+    wrong = [answer["confidence"] for answer in answers if not answer["reward"]]
+    found |= {"conf_right": fmean(right), "conf_wrong": fmean(wrong)}
+    found["conf_gap"] = fmean(right) - fmean(wrong)
+    found["auroc"] = fmean((a > b) + 0.5 * (a == b) for a in right for b in wrong)
+    bins = [[] for _ in range(10)]
+    for answer in answers:
+        bins[int(answer["confidence"] * 10)].append(answer)
+    found["ece"] = 0.0
+    for one in bins:
+        if one:
+            miss = fmean(a["reward"] for a in one) - fmean(a["confidence"] for a in one)
+            found["ece"] += len(one) / len(answers) * abs(miss)
+    found["timeout"] = sum(answer["verdict"] == "timeout" for answer in answers)
+    return found
+
+
+def write_problems(path, problems):
+    """A file in verl's columns, and what the replay needs of it."""
+    rows, known = [], []
+    for prompt, numbers, target in problems:
+        gold = {"numbers": numbers, "target": target}
+        chat = [{"role": "user", "content": prompt}]
+        rows.append({"prompt": chat, "reward_model": {"ground_truth": gold}})
+        known.append({"prompt": prompt, "gold": gold})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return known
+
+
+DIGITS = [(str(d), [d], d) for d in range(1, 9)]
+PAIRS = [("3 5=8:", [3, 5], 8), ("2 2=4:", [2, 2], 4), ("1 9=9:", [9, 1], 9)]
+SETS = {
+    "train": [*DIGITS, *PAIRS],  # 11: an epoch ends in the middle of a step
+    "few": [DIGITS[6], PAIRS[0], DIGITS[1], DIGITS[3], ("5 1=5:", [1, 5], 5)],
+    "more": [("=8", [8], 8), DIGITS[4], DIGITS[2], DIGITS[0], DIGITS[7], PAIRS[2]],
+}
+
+
+def replay_args(folder, base, *more):
+    """Arguments of a run of three steps on files of problems, and those problems."""
+    problems = {name: write_problems(folder / f"{name}.jsonl", SETS[name]) for name in SETS}
+    words = ["--model", str(base), "--data", f"{folder}/train.jsonl"]
+    words += ["--eval_data", f"{folder}/few.jsonl", f"{folder}/more.jsonl"]
+    words += "--prompts_per_step 16 --group_size 5 --seed 8 --steps 3 --record_step 2".split()
+    words += "--temperature 1.5 --max_response_len 6 --eval_samples 5 --eval_temperature 1.2".split()
+    words += "--save_every 1 --keep_checkpoints 9 --dtype float32".split()
+    return problems, [*words, *more]
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def recorded(folder, step, rank):
+    return [json.loads(line) for line in (folder / f"step-{step}-rank-{rank}.jsonl").open()]
+
+
+def renamed(row):
+    return {re.sub("rollout/(gap|mismatch)_", "mismatch_", name): row[name] for name in row}
+
+
+def check_replay(folder, base, problems, ranks=1):
+    """Every step and evaluation of a run again, from its settings, checkpoints and problems."""
+    cfg = types.SimpleNamespace(**json.loads((folder / "config.json").read_text()))
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    assert [row["step"] for row in rows] == list(range(cfg.steps + 1))
+    drawn, controller, mixed = 0, {}, 0
+    seen, rounds = Counter(), []
+    for step in range(cfg.steps + 1):
+        if step:
+            before, after, verdicts, drawn, surplus = step_by_hand(
+                model, problems["train"], cfg, ranks, drawn, controller
+            )
+            rounds.append(surplus)
+            row = renamed(rows[step])
+            expected = step_metrics_by_hand(before, after, verdicts, cfg.group_size)
+            assert {name: row[name] for name in expected} == pytest.approx(expected, rel=2e-5)
+            for name in verify.VERDICTS:
+                seen[name] += verdicts[name]
+            if cfg.method == "aepo":
+                names = ("second_temperature", "most_rows", "taken_share")
+                controller = {name: rows[step][f"controller/{name}"] for name in names}
+        if step and step == cfg.record_step:
+            for rank in range(ranks):
+                found = recorded(folder, step, rank)
+                assert len(found) == len(after[rank])
+                for answer, wanted in zip(found, after[rank]):
+                    for name in ("prompt", "response", "seed", "truncated", "reward"):
+                        assert answer[name] == wanted[name], name
+                    assert answer["group_accuracy"] == pytest.approx(wanted["group_accuracy"])
+                    if "second" in wanted:
+                        mixed += 1
+                        assert answer["log_probs"] is None
+                    else:
+                        own = [disturbed(x) for x in wanted["log_probs"]]
+                        assert answer["log_probs"] == pytest.approx(own, abs=2e-5)
+        saved = folder / f"checkpoint-{step}"
+        model = load(saved if step else base)
+        if step:
+            state = torch.load(saved / "trainer_state.pt", weights_only=True)
+            assert state["drawn"] == drawn
+        if step % cfg.eval_every and step < cfg.steps:
+            assert not any(name.startswith("eval/") for name in rows[step])
+            continue
+        for name in ("few", "more"):
+            expected = evaluation_by_hand(model, problems[name], cfg)
+            found = {key: rows[step][f"eval/{name}/{key}"] for key in expected}
+            assert found == pytest.approx(expected, rel=2e-5)
+    assert min(seen.values()) > 0
+    return rows, mixed, rounds
+
+
+def test_every_step_and_evaluation_drawn_again(toy, solver, tmp_path, monkeypatch, no_figures):
+    """Data order over epochs, seeds, tokens, log-probs, ends, verdicts; all metrics of the answers
+    and of the evaluations."""
+    disturb(monkeypatch)
+    problems, args = replay_args(tmp_path, solver, "--eval_prompts", "4")
+    toy_run(toy, tmp_path, "run", *args)
+    rows, _, _ = check_replay(tmp_path / "run", solver, problems)
+    answers = recorded(tmp_path / "run", 2, 0)
+    # Each answer has random numbers of its own: no seed + j occurs twice.
+    used = [answer["seed"] + i % 5 for i, answer in enumerate(answers)]
+    assert len(set(used)) == 80 and {answer["truncated"] for answer in answers} == {True, False}
+    assert {len(answer["prompt"]) for answer in answers} == {1, 6}
+    assert rows[3]["verify/right"] + rows[3]["verify/wrong"] < 80
+    assert rows[0]["eval/few/timeout"] and rows[2]["eval/few/pass@4"] > rows[2]["eval/few/pass@1"]
+
+
+def test_resampled_and_second_answers_drawn_again(toy, solver, tmp_path, monkeypatch, no_figures):
+    """--dynamic_sampling: groups of one reward only make room; aepo: the right answers of the
+    second sample stand in the first rows. Verdicts count what was sampled in vain, too."""
+    disturb(monkeypatch)
+    words = "--dynamic_sampling --max_resample 1 --method aepo --knobs target_entropy=9 most_rows=3"
+    problems, args = replay_args(tmp_path, solver, *words.split())
+    toy_run(toy, tmp_path, "run", *args)
+    rows, mixed, rounds = check_replay(tmp_path / "run", solver, problems)
+    assert mixed and min(rounds[0][-1]) < 0  # what was missing is filled up with flat groups
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {folder!r})
+import pytest
+import {module} as tests
+tests.disturb(pytest.MonkeyPatch())
+tests.train.main(sys.argv[1:])
+"""
+
+
+def test_two_ranks_drawn_again(toy, solver, tmp_path):
+    """The same of two ranks that shard the model and have micro-batches of different number; each
+    rank's record and what is counted over both."""
+    words = "--dynamic_sampling --max_resample 3 --method aepo --knobs target_entropy=9 most_rows=3"
+    words += " --parallel fsdp --micro_batch_tokens 30 --steps 2"
+    problems, args = replay_args(tmp_path, solver, *words.split())
+    here = Path(__file__).resolve()
+    script = tmp_path / "disturbed.py"
+    script.write_text(SCRIPT.format(folder=str(here.parent), module=here.stem))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--master-port", str(free_port()), str(script)]
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run(
+        [*command, *toy_args(toy, tmp_path, "run", *args)],
+        cwd=here.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows, mixed, rounds = check_replay(tmp_path / "run", solver, problems, ranks=2)
+    assert mixed
+    # A round after which one rank had enough and the other had not, and one fewer than allowed.
+    assert any(min(surplus) < 0 <= max(surplus) for surplus in rounds[0]) and len(rounds[0]) == 3
+
+
+def test_an_evaluation_of_countdown_is_on_test_problems(toy, tmp_path, monkeypatch, no_figures):
+    """The engine is asked train problems for the steps and test problems for the evaluation, the
+    first of those that tiny.py draws for each side."""
+    asked = []
+    generate = TorchEngine.generate
+
+    def watched(self, prompts, **options):
+        asked.append((options["seeds"][0] >= 2**60, [text_of(prompt) for prompt in prompts]))
+        return generate(self, prompts, **options)
+
+    monkeypatch.setattr(TorchEngine, "generate", watched)
+    monkeypatch.setattr(tiny, "PROBLEMS", {"train": 24, "test": 9})
+    words = "--data countdown --eval_data countdown --max_prompt_len 24 --max_response_len 2"
+    row = toy_run(toy, tmp_path, "run", *words.split(), "--steps", "3", "--num_prompts", "0")[0]
+    assert row["eval/problems"] == 9
+    tests = {text for evaluates, texts in asked if evaluates for text in texts}
+    trained = [text for evaluates, texts in asked if not evaluates for text in texts]
+    assert len(tests) == 9 and all(zlib.crc32(text.encode()) % 10 == 0 for text in tests)
+    assert len(set(trained)) == 24 == len(trained)  # an epoch
+    assert all(zlib.crc32(text.encode()) % 10 for text in trained)
+    assert tests == {problem.prompt for problem in tiny.problems("test", 9)}
+    assert set(trained) == {problem.prompt for problem in tiny.problems("train", 24)}
+
+
+# ---- pieces by hand ------------------------------------------------------------------------------
+
+
+def answer_dict(prompt, response, log_probs, **more):
+    facts = {"problem": None, "seed": 0, "truncated": False, "verdict": "right"}
+    facts |= {"prompt": prompt, "response": response, "log_probs": log_probs}
+    return facts | {"advantage": 0.0, "reward": 0.0, "group_accuracy": 0.0} | more
+
+
+def test_answers_become_tensors():
+    """Padded on the right, each row by its own lengths; an answer may hold the token of the
+    padding."""
+    answers = [
+        answer_dict([5, 6], [7, 1], [-0.5, -0.25], advantage=2.0, reward=1.0, group_accuracy=0.5),
+        answer_dict([8], [0, 0, 9], [-1.0, -2.0, -3.0], advantage=-1.0, group_accuracy=0.25),
+        answer_dict([3, 3], [0], [-4.0], reward=1.0),
+    ]
+    batch = collate(answers, torch.device("cpu"))
+    expected = {
+        "ids": [[5, 6, 7, 1], [8, 0, 0, 9], [3, 3, 0, 0]],
+        "prompt_lens": [2, 1, 2],
+        "lengths": [4, 4, 3],
+        "response_mask": [[True, True, False], [True] * 3, [True, False, False]],
+        "rollout_log_probs": [[-0.5, -0.25, 0.0], [-1.0, -2.0, -3.0], [-4.0, 0.0, 0.0]],
+        "advantages": [[2.0, 2.0, 0.0], [-1.0, -1.0, -1.0], [0.0, 0.0, 0.0]],
+        "rewards": [[1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 0.0, 0.0]],
+        "group_accuracy": [[0.5, 0.5, 0.0], [0.25, 0.25, 0.25], [0.0, 0.0, 0.0]],
+    }
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
+    assert batch["ids"].dtype == batch["lengths"].dtype == torch.int64
+    assert batch["response_mask"].dtype == torch.bool
+
+
+def test_micro_batches_by_hand():
+    """Rows by length; a list is full when one more row would make its padded size exceed the
+    budget, and may be of just that size."""
+    dist.init_process_group("gloo")
+    lengths = [9, 3, 5, 3, 12, 4]
+    assert micro_batches(lengths, [0, 1, 2, 3, 4, 5], 12) == [[1, 3, 5], [2], [0], [4]]
+    assert micro_batches(lengths, [4, 2, 0], 10) == [[2], [0], [4]]
+    assert micro_batches(lengths, [5, 2], 10) == [[5, 2]]
+    assert micro_batches(lengths, [3, 0, 1], 1) == [[3], [1], [0]]
+
+
+def test_a_vllm_engine_would_leave_the_generators_alone():
+    def drawn():
+        return random.random(), np.random.random(), torch.rand(1).item()
+
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    expected = drawn()
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    with own_rng():
+        random.seed(2)
+        np.random.seed(2)
+        torch.manual_seed(2)
+        drawn()
+    assert drawn() == expected
+
+
+def test_the_environment_of_plain_python(monkeypatch):
+    """A world of one rank on a free port; what torchrun or the user has set stays."""
+    names = "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
+    for name in [*names, "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"]:
+        monkeypatch.delenv(name, raising=False)
+    prepare_environment()
+    found = [os.environ[name] for name in [*names[:4], "VLLM_ENABLE_V1_MULTIPROCESSING"]]
+    assert found == ["0", "0", "1", "127.0.0.1", "0"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", int(os.environ["MASTER_PORT"])))
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    prepare_environment()
+    assert os.environ["WORLD_SIZE"] == "3"
+
+
+@pytest.mark.parametrize(
+    "name, ranks_each, world, installed, gpu, engine",
+    [
+        ("auto", 1, 1, True, True, "vllm"),
+        ("auto", 1, 1, True, False, "torch"),
+        ("auto", 1, 1, False, True, "torch"),
+        ("torch", 1, 2, True, True, "torch"),
+        ("vllm", 1, 1, True, False, "vllm"),
+        ("vllm", 2, 4, True, True, "vllm"),
+        ("auto", 2, 4, True, True, "vllm"),
+        ("vllm", 2, 3, True, True, "does not divide the 3 ranks"),
+        ("vllm", 4, 2, True, True, "does not divide the 2 ranks"),
+        ("torch", 2, 4, True, True, "needs --engine vllm"),
+        ("auto", 2, 4, True, False, "needs --engine vllm"),
+        ("vllm", 1, 1, False, True, "not installed"),
+    ],
+)
+def test_which_engine(name, ranks_each, world, installed, gpu, engine, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: installed or None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    if engine in ("vllm", "torch"):
+        assert resolve_engine(name, ranks_each) == engine
+        return
+    with pytest.raises(ValueError, match=engine):
+        resolve_engine(name, ranks_each)
+
+
+# ---- problems ------------------------------------------------------------------------------------
+
+BOXED = r"Reason step by step, and put your final answer within \boxed{}."
+GOLD = {"numbers": [3, 1], "target": 4}
+VERL = {"prompt": [{"role": "user", "content": "p"}], "reward_model": {"ground_truth": "v"}}
+
+# columns of a row; the prompt (its beginning, if it ends in ...) and the gold answer read from them
+COLUMNS = [
+    ({"question": "q", "answer": "#### 1\nno: #### 2"}, "q...", "2"),
+    ({"question": "q", "answer": "so #### 1,000 \n"}, "q...", "1,000"),
+    ({"problem": "p", "question": "q", "answer": "1"}, "p...", "1"),
+    ({"QUESTION": "q", "Answer": 7}, "q...", "7"),
+    ({"question": "q", "answer": "1", "final_answer": "2"}, "q...", "1"),
+    ({"question": "q", "answer": None, "final_answer": ["2", 3]}, "q...", "2, 3"),
+    ({"question": "q", "solution": r"\boxed{5}, no: \boxed{6}"}, "q...", "6"),
+    ({"question": "q", "solution": r"\boxed{5}", "answer": "6"}, "q...", "6"),
+    ({"question": "q", "solution": r"\boxed{5}", "final_answer": ["8"]}, "q...", "8"),
+    ({"question": "q", "answer": " x + 1\n"}, "q...", "x + 1"),
+    ({**VERL, "question": "q", "answer": "a", "nums": [1], "target": 1}, VERL["prompt"], "v"),
+    ({"nums": [3, 1], "target": 4, "question": "q", "answer": "a"}, "Using the...", GOLD),
+    ({"prompt": "p", "reward_model": {"ground_truth": GOLD}}, "p", GOLD),
+]
+
+
+def problems_of(folder, *rows, **options):
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_problems(path, **options)
+
+
+@pytest.mark.parametrize("row, prompt, gold", COLUMNS)
+def test_columns(row, prompt, gold, tmp_path):
+    """Which columns are a problem, and which of several wins."""
+    (problem,) = problems_of(tmp_path, row)
+    if prompt == "q..." or prompt == "p...":
+        assert problem.prompt == f"{prompt[0]}\n\n{BOXED}"
+    elif prompt == "Using the...":
+        start = "Using the numbers [3, 1], write an arithmetic expression that equals 4."
+        assert problem.prompt.startswith(start) and "<answer> </answer>" in problem.prompt
+    else:
+        assert problem.prompt == prompt
+    if gold is GOLD:
+        assert json.loads(problem.answer) == GOLD and problem.rule == "countdown"
+    else:
+        assert problem.answer == gold and problem.rule == "math"
+
+
+def test_distinct_problems_in_order(tmp_path):
+    """Two problems are one if prompt and gold answer are; the limit counts distinct ones."""
+    rows = [{"question": q, "answer": a} for q, a in ("b1", "a1", "b1", "b2", "a1", "c1")]
+    found = problems_of(tmp_path, *rows)
+    assert [p.prompt[0] + p.answer for p in found] == ["b1", "a1", "b2", "c1"]
+    found = problems_of(tmp_path, *rows, limit=3)
+    assert [p.prompt[0] + p.answer for p in found] == ["b1", "a1", "b2"]
+    chat = [{"role": "system", "content": "s", "x": 1}, {"role": "user", "content": "u"}]
+    row = {"prompt": chat, "reward_model": {"ground_truth": "5"}}
+    (found,) = problems_of(tmp_path, row)
+    assert found.prompt == [{"role": "system", "content": "s"}, chat[1]]
+    (found,) = problems_of(
+        tmp_path, {"question": "q", "answer": json.dumps(GOLD)}, rule="countdown"
+    )
+    assert found == Problem("q", json.dumps(GOLD), "countdown")
+
+
+@pytest.mark.parametrize(
+    "row, complaint",
+    [
+        ({"question": "q", "answer": ""}, "row 2: the rule math cannot judge the answer ''"),
+        ({"question": "q", "answer": "1" * 1001}, "row 2: the rule math cannot judge"),
+        ({"nums": ["a", 3], "target": 1}, "row 2: TypeError"),
+        ({"prompt": "p", "reward_model": {"ground_truth": {"numbers": [1]}}}, "row 2: KeyError"),
+        ({"prompt": [{"content": "p"}], "reward_model": {"ground_truth": "1"}}, "row 2: KeyError"),
+        ({"prompt": "p", "reward_model": {}}, "row 2: KeyError"),
+        ({"nums": [1, 2]}, "row 2: has the columns nums; understood are"),
+        ([1], "row 2: AttributeError"),
+    ],
+)
+def test_rows_that_are_no_problem(row, complaint, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(complaint)):
+        problems_of(tmp_path, {"question": "q", "answer": "1" * 1000}, row)
+
+
+@pytest.mark.parametrize(
+    "name, splits, read",
+    [
+        ("a/b", ("test", "train", "dev"), "train"),
+        ("a/b", ("dev", "test"), "test"),
+        ("a/b", ("dev",), "dev"),
+        ("a/b", ("dev", "val"), "has the splits dev, val; choose one: a/b::dev"),
+        ("a/b:c:val", ("train", "val"), "val"),
+    ],
+)
+def test_splits_of_the_hub(name, splits, read, monkeypatch):
+    """The hub is played by a function with its signature."""
+    import datasets
+
+    sets = {s: datasets.Dataset.from_list([{"question": "q", "answer": s}]) for s in splits}
+
+    def load_dataset(repo, config, split):
+        assert (repo, config) == ("a/b", "c" if ":" in name else None)
+        return sets[split] if split else datasets.DatasetDict(sets)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    if read not in splits:
+        with pytest.raises(ValueError, match=read):
+            load_problems(name)
+        return
+    (problem,) = load_problems(name)
+    assert problem.answer == read
+
+
+def characters(chat_template=None, eos=None, bos=None):
+    """A tokenizer of one token a character, which ends a text as told."""
+
+    def encode(text, add_special_tokens):
+        start = [0] if add_special_tokens and bos else []
+        return {"input_ids": start + [ord(c) for c in text] + ([eos] if eos else [])}
+
+    class Tokenizer:
+        __call__ = staticmethod(encode)
+
+    tokenizer = Tokenizer()
+    tokenizer.chat_template = chat_template
+    tokenizer.bos_token = bos
+    tokenizer.eos_token_id = eos
+    return tokenizer
+
+
+def test_prompts_as_token_ids():
+    problem = Problem([{"content": "ab"}, {"content": "c"}], "1", "math")
+    text = [ord(c) for c in "ab\n\nc"]
+    assert render(problem, characters()) == text
+    assert render(problem, characters(eos=7)) == text  # or the answer would be over
+    assert render(problem, characters(bos="<s>")) == [0, *text]
+    assert render(Problem("<s>a", "1", "math"), characters(bos="<s>")) == [ord(c) for c in "<s>a"]
+    assert render(Problem("ab", "1", "math"), characters()) == text[:2]
+
+
+def test_subsets_and_prompts_that_are_too_long():
+    sets = {s: [Problem(s * (i + 1), "1", "math") for i in range(6)] for s in "xy"}
+    problems, prompts = render_all(sets, characters(), 6)
+    assert problems == [*sets["x"], *sets["y"]]  # all: in order
+    assert prompts == [[ord(c) for c in problem.prompt] for problem in problems]
+    assert render_all(sets, characters(), 6, seed=4) == (problems, prompts)
+    shuffled = list(problems)
+    random.Random(4).shuffle(shuffled)
+    for count in (1, 5, 11, 12, 40):
+        found, prompts = render_all(sets, characters(), 6, count, 4)
+        assert found == shuffled[:count]
+        assert prompts == [[ord(c) for c in problem.prompt] for problem in found]
+    complaint = "4 of 12 prompts are longer than --max_prompt_len 4: raise it to 6"
+    with pytest.raises(ValueError, match=complaint):
+        render_all(sets, characters(), 4)
+    assert render_all({}, characters(), 4) == ([], [])
+
+
+# ---- verdicts ------------------------------------------------------------------------------------
+
+
+def test_rewards_are_those_of_each_problems_rule_and_counted(monkeypatch):
+    """In the order of the answers; a verdict of every answer is counted once."""
+    countdown = Problem("", json.dumps(GOLD), "countdown")
+    pairs = [
+        (Problem("", "4", "math"), r"\boxed{4}", 1.0),
+        (countdown, "1+3", 1.0),
+        (countdown, r"\boxed{4}", 0.0),
+        (countdown, "3-1", 0.0),
+        (Problem("", "4", "math"), "1+3", 0.0),
+        (Problem("", "3", "math"), "Answer: 4", 0.0),
+        (Problem("", "3", "math"), "Answer: 3", 1.0),
+    ]
+    problems, texts, rewards = zip(*pairs * 3)
+    verdicts_so_far.clear()
+    assert list(score(problems, texts)) == list(rewards)
+    assert verdicts_so_far == {"right": 9, "wrong": 6, "no_answer": 6}
+    verdicts_so_far.clear()
+    monkeypatch.setitem(RULES, "math", rule_of(lambda response, gold: "timeout"))
+    assert list(score(problems[:2], texts[:2])) == [0.0, 1.0]
+    assert verdicts_so_far == {"timeout": 1, "right": 1}
+    verdicts_so_far.clear()
+
+
+ONES = "+".join("1" * 100)  # 199 characters
+COUNTDOWN = [
+    ("right", "1+3"),
+    ("right", "(3+1)"),
+    ("right", "1+3 = 4"),
+    ("wrong", "1+3 = 4 = 4"),
+    ("wrong", "1+3 = 4.0"),
+    ("wrong", "1+3 ="),
+    ("wrong", "3-1"),
+    ("wrong", "1+3+0"),
+    ("wrong", "2+2"),
+    ("wrong", "4"),
+    ("wrong", "3+1+3-3"),
+    ("wrong", "3/(1-1)"),
+    ("no_answer", "= 4"),
+    ("no_answer", "+1+3"),
+    ("no_answer", "1+-3"),
+    ("no_answer", "1**3"),
+    ("no_answer", "the answer is 1+3"),
+    ("right", "<answer>2</answer> or <answer> 1+3 </answer>, surely"),
+    ("wrong", "<answer>1+3</answer> or <answer>3-1</answer>"),
+    ("no_answer", "<answer>1+3</answer> or <answer>3-1"),
+    ("no_answer", "1+3 </answer>"),
+    ("wrong", ONES),
+    ("wrong", ONES + " "),
+    ("wrong", f"({ONES[:-2]}) "),
+    ("no_answer", ONES + "+1"),
+]
+
+
+@pytest.mark.parametrize("verdict, text", COUNTDOWN)
+def test_countdown_verdicts(verdict, text):
+    assert judge_countdown(text, json.dumps(GOLD)) == verdict
+
+
+def test_countdown_operations_and_numbers():
+    for text, numbers, target in (
+        ("7-2", [2, 7], 5),
+        ("7*2", [2, 7], 14),
+        ("8/2", [2, 8], 4),
+        ("(1+2)/2*4", [4, 2, 2, 1], 6),
+        ("2-7+9", [9, 7, 2], 4),
+    ):
+        gold = json.dumps({"numbers": numbers, "target": target})
+        assert judge_countdown(text, gold) == "right"
+        other = json.dumps({"numbers": numbers, "target": target + 1})
+        assert judge_countdown(text, other) == "wrong"
+        assert (
+            judge_countdown(text, json.dumps({"numbers": [*numbers, 1], "target": target}))
+            == "wrong"
+        )
+
+
+MATH = [  # the gold answer, answers that are the same, answers that are not
+    (
+        "1000",
+        ["1,000", "1{,}000", r"1\,000", "1000.0", "1e3", r"10^{3}", "+1000"],
+        ["1.000", "1,00"],
+    ),
+    (r"\frac{5}{8}", ["0.625", "62.5\\%", r"\dfrac58", "5/8", "10/16"], ["62.5", "0.63", "-5/8"]),
+    (r"62.5\%", ["62.5", "0.625", r"62.5\%", "62.5 percent"], [r"0.625\%", "6250"]),
+    (r"3\frac{1}{2}", ["3.5", "7/2"], ["1.5", "3/2"]),
+    (r"-\frac{1}{2}", ["-0.5", r"\frac{-1}{2}", "-1/2"], ["0.5", "1/-2"]),
+    (
+        "1, 2, 3",
+        ["3, 2, 1", "1 and 2 and 3", "1, 3, 2.0"],
+        ["1, 2", "1, 2, 2", "1, 2, 3, 3", "1, 1, 2"],
+    ),
+    (r"\{1, 2\}", ["2, 1", r"\{2, 1\}"], ["(1, 2)", r"\{1\}"]),
+    (
+        "(1, 2)",
+        ["(1.0, 2)", r"\left(1,2\right)"],
+        ["(2, 1)", "[1, 2)", "(1, 2]", "(1, 2, 3)", "1, 2"],
+    ),
+    ("(1, 2) \\cup [3, 4]", ["[3,4] \\cup (1,2)"], ["(1,2)", "(1,2) \\cup (3,4]", "(1,2), [3,4]"]),
+    (r"1 \pm 2", [r"1 \pm 2", "1+2, 1-2"], ["1+2", "1-2"]),
+    (
+        "x = 5",
+        ["5", "x=5", r"x = \frac{10}{2} = 5", "x = 10/2"],
+        ["y = 5", "x = 4 = 5", "x = 5 = 4"],
+    ),
+    (
+        "5",
+        ["x = 5", "5.", "$5$", r"5\text{ cm}", r"5^\circ", "5 apples"],
+        ["x = 6", "5x", "5 million"],
+    ),
+    ("east", ["East", r"\text{east}", "EAST"], ["seat", "west", "eastern"]),
+    ("C", ["(C)", r"\text{(C)}", r"\textbf{C}"], ["c", "D", "C, D", "D = C"]),
+    ("4e33", [r"4\times10^{33}", r"4 \cdot 10^{33}"], ["4e32", "40e33"]),
+]
+
+
+@pytest.mark.parametrize("gold, right, wrong", MATH)
+def test_answers_of_mathematics_that_are_the_same(gold, right, wrong):
+    """None of these needs the worker: it is asked only where spelling and numbers do not decide."""
+    for answer in right:
+        assert judge_math(rf"\boxed{{{answer}}}", gold) == "right", answer
+    for answer in wrong:
+        assert judge_math(rf"\boxed{{{answer}}}", gold) == "wrong", answer
+
+
+def test_a_worker_ends_itself_when_it_computes_for_too_long_and_not_while_it_waits():
+    """As the parent would start it, but with an alarm of one second."""
+    code = f"import verify; verify.TIME_LIMIT = -1; verify.{verify.work.__name__}()"
+    folder = Path(verify.__file__).parent
+    worker = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=folder,
+        text=True,
+    )
+
+    def told(*pair):
+        worker.stdin.write(json.dumps(pair) + "\n")
+        worker.stdin.flush()
+        return worker.stdout.readline()
+
+    try:
+        assert json.loads(worker.stdout.readline()) == "ready"
+        for verdict, answer, gold in (
+            ("right", "2(k+1)", "2k+2"),
+            ("wrong", "2(k+2)", "2k+2"),
+            ("wrong", "k", r"k + 10^{-9}"),
+            ("no_answer", r"\frac{k}{", "2k+2"),
+        ):
+            assert json.loads(told(answer, gold)) == verdict, answer
+        with pytest.raises(subprocess.TimeoutExpired):
+            worker.wait(1.2)
+        assert told("(99999999!)k", "2k+2") == ""
+        assert worker.wait(5) == -signal.SIGALRM
+    finally:
+        worker.kill()
+        worker.communicate()
+
+
+# ---- the tiny task -------------------------------------------------------------------------------
+
+BASES = {"tiny-mini": "7b104245", "tiny": "ae87b13e", "tiny-small": "10bfb888"}
+
+
+def test_a_base_is_named_after_all_that_shapes_it(tmp_path, monkeypatch):
+    """Another recipe makes another base; the names of the three that the results are of."""
+
+    class Stub:
+        def save_pretrained(self, folder):
+            Path(folder).mkdir()
+
+    monkeypatch.setattr(tiny, "train_base", lambda *args, **kwargs: Stub())
+    make = lambda size="tiny": tiny.base_model(f"{tmp_path}/base", progress=False, size=size)
+    for size, digest in BASES.items():
+        assert make(size) == f"{tmp_path}/base-{size}-{digest}"
+    solution = tiny.random_solution
+    changes = [
+        ("VOCAB", tiny.VOCAB | {"/": 99}),
+        ("SIZES", {"tiny": tiny.SIZES["tiny-mini"]}),
+        ("INIT", 0.02),
+        ("ROPE_THETA", 10_000.0),
+        *(("TRAINING", tiny.TRAINING | {name: value + 1}) for name, value in tiny.TRAINING.items()),
+        ("random_solution", lambda rng: (*solution(rng)[:2], "1+1")),
+        ("prompt_of", lambda numbers, target: f"{target}={numbers}"),
+    ]
+    names = {make()}
+    for name, value in changes:
+        with monkeypatch.context() as patch:
+            patch.setattr(tiny, name, value)
+            names.add(make())
+    assert len(names) == 1 + len(changes)
+
+
+def test_the_base_is_trained_as_its_recipe_says(monkeypatch):
+    """The rate of every step, the clipped gradient, the batches and the model's settings; the same
+    weights whatever the caller has drawn before."""
+    recipe = dict(steps=6, batch=4, lr=2e-3, warmup=3, weight_decay=0.5, seed=7)
+    monkeypatch.setattr(tiny, "TRAINING", recipe)
+    seen = []
+
+    class Watched(torch.optim.AdamW):
+        def step(self):
+            (group,) = self.param_groups
+            squares = sum(float(p.grad.square().sum()) for p in group["params"])
+            seen.append((group["lr"], group["betas"], group["weight_decay"], math.sqrt(squares)))
+            super().step()
+
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    batches = []
+    supervised = tiny.supervised_batches
+
+    def watched(rng, batch):
+        for ids, labels in supervised(rng, batch):
+            batches.append(ids.tolist())
+            yield ids, labels
+
+    monkeypatch.setattr(tiny, "supervised_batches", watched)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    model = tiny.train_base("tiny", progress=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    rates = [2e-3 * min((i + 1) / 3, 0.5 + 0.5 * math.cos(math.pi * i / 6)) for i in range(6)]
+    assert [rate for rate, *_ in seen] == pytest.approx(rates)
+    assert {step[1:3] for step in seen} == {((0.9, 0.98), 0.5)}
+    assert max(norm for *_, norm in seen) == pytest.approx(1.0, rel=1e-4)
+    own = [ids.tolist() for ids, _ in islice(supervised(random.Random(7), 4), 6)]
+    assert batches[:6] == own
+    assert sum(p.numel() for p in model.parameters()) == 857_216 and not model.training
+    config = model.config
+    assert (config.pad_token_id, config.eos_token_id, config.bos_token_id) == (PAD, EOS, None)
+    assert config.tie_word_embeddings and config.num_key_value_heads == config.num_attention_heads
+    assert config.vocab_size == 20 and config.max_position_embeddings == 64
+    torch.manual_seed(2)
+    again = tiny.train_base("tiny", progress=False).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_token_is_a_character(tmp_path):
+    """Also for the tokenizer that a run reads from the folder."""
+    tiny.make_tokenizer().save_pretrained(tmp_path)
+    for tokenizer in (tiny.make_tokenizer(), AutoTokenizer.from_pretrained(tmp_path)):
+        text = "0123456789+-*()=: "
+        assert tokenizer(text)["input_ids"] == list(range(2, 20)) and len(tokenizer) == 20
+        assert tokenizer("1 x2/3\n")["input_ids"] == ids_of("1 23")
+        assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (PAD, EOS)
+        assert tokenizer.decode([3, PAD, 19, 4, EOS]) == "1<pad> 2<eos>"
+        assert tokenizer.decode([3, PAD, 19, 4, EOS], skip_special_tokens=True) == "1 2"
+        assert tokenizer.unk_token is None and not tokenizer.chat_template
+
+
+def test_solutions_are_drawn_from_the_whole_task():
+    """Every number, operator and target; nothing is negative on the way; two of three joins differ
+    in their place."""
+    rng = random.Random(5)
+    drawn = [tiny.random_solution(rng) for _ in range(6000)]
+    assert {number for numbers, _, _ in drawn for number in numbers} == set(range(1, 14))
+    assert {target for _, target, _ in drawn} == set(range(1, 100))
+    text = " ".join(text for _, _, text in drawn)
+    assert all(text.count(op) > 3000 for op in "+-*") and set(text) == set("0123456789+-*() ")
+    for _, _, text in drawn[:500]:
+        for part in re.findall(r"\([^()]*\)", text):
+            assert eval(part) >= 0
+        assert not text.startswith("-")
+    first = [re.match(r"\(*([0-9]+)", text)[1] for _, _, text in drawn]
+    numbers = [sorted(numbers) for numbers, _, _ in drawn]
+    assert all(own == row for own, (row, _, _) in zip(numbers, drawn))
+    assert {int(digits) for digits in first} == set(range(1, 14))
+
+
+def test_supervised_batches_are_of_like_lengths_in_random_order():
+    """Sixteen batches hold what was drawn for them, sorted by length; padding is PAD and has no
+    label; the prompt has none either."""
+    batches = list(islice(tiny.supervised_batches(random.Random(3), 8), 16))
+    ranges = []
+    for ids, labels in batches:
+        assert ids.shape == labels.shape and len(ids) == 8
+        lengths = (ids != PAD).sum(1).tolist()
+        assert ids.shape[1] == max(lengths)
+        ranges.append((min(lengths), max(lengths)))
+        for row, label, length in zip(ids.tolist(), labels.tolist(), lengths):
+            prompt = row.index(ids_of(":")[0]) + 1
+            assert label == [-100] * prompt + row[prompt:length] + [-100] * (len(row) - length)
+            assert row[length - 1] == EOS and row[length:] == [PAD] * (len(row) - length)
+    ordered = sorted(ranges)
+    assert all(a[1] <= b[0] for a, b in zip(ordered, ordered[1:]))
+    assert ranges != ordered and ranges != ordered[::-1]
+    rng = random.Random(3)
+    drawn = Counter()
+    while drawn.total() < 128:
+        numbers, target, text = tiny.random_solution(rng)
+        prompt = " ".join(map(str, numbers)) + f"={target}:"
+        if zlib.crc32(prompt.encode()) % 10:
+            drawn[prompt + text] += 1
+    found = Counter(text_of(row) for ids, _ in batches for row in ids.tolist())
+    assert found == drawn
+
+
+def test_problems_are_the_first_solutions_of_their_side():
+    """One generator per side and seed; the answer holds the sorted numbers and the target."""
+    for split, seed in (("train", 0), ("test", 3)):
+        rng = random.Random(f"{split} {seed}")
+        expected = {}
+        while len(expected) < 40:
+            numbers, target, _ = tiny.random_solution(rng)
+            prompt = " ".join(map(str, numbers)) + f"={target}:"
+            if (zlib.crc32(prompt.encode()) % 10 == 0) == (split == "test"):
+                expected[prompt] = {"numbers": numbers, "target": target}
+        found = tiny.problems(split, 40, seed)
+        assert [(p.prompt, json.loads(p.answer)) for p in found] == list(expected.items())
+        assert {p.rule for p in found} == {"countdown"}
+    assert tiny.problems("test", 0) == []
+    assert tiny.PROBLEMS == {"train": 4000, "test": 128}
