@@ -1,23 +1,34 @@
-"""Train a language model with verifiable rewards and any of the METHODS of losses.py, and watch its entropy.
+"""Train a language model with verifiable rewards and any of the METHODS of losses.py, and watch its
+entropy.
 
-A step: 1 sample answers from the current policy - 2 verify, centre the rewards within each group - 3 old_log_probs,
-the gap to the engine's - 4 updates_per_rollout optimizer steps - 5 push the weights - 6 log, evaluate, checkpoint.
-Left out of GRPO as first published: the KL to a reference (see kl_loss), the mean per answer before that of answers.
+A step: 1 sample answers from the current policy and verify them - 2 centre and scale the rewards
+within each group - 3 old_log_probs, the mismatch to the engine's - 4 updates_per_rollout optimizer
+steps - 5 push the weights - 6 log, evaluate, checkpoint.
 
-Shapes: P prompts a step over all ranks, G answers each, B answers on this rank, T response tokens of the longest.
+Differs from GRPO as published: no KL to a reference (see kl_loss), and the mean is over all tokens
+instead of over each answer first.
+
+Shapes: P prompts a step over all ranks, G answers each, B answers on this rank, T response tokens
+of the longest.
+
+main(), at the end, is the story; what stands before it are the flags and the parts that it uses.
 """
+
+# rollout.py comes first: it sets a variable that OpenMP reads when torch is imported.
 from rollout import prepare_environment
 
-prepare_environment()  # RANK ... for plain python, vLLM's variables; importing rollout has set OMP_WAIT_POLICY
+prepare_environment()  # RANK ... for plain python, vLLM's variables
 
 import argparse
+import inspect
 import math
 import os
+import re
 import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,28 +40,79 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 
 import tiny
-import verify
-from entropy import MICROSCOPE, STATISTICS, build_policy, entropy_after, measure, score, score_all
-from losses import (CONTROLLERS, IDLE_WITH_ONE_UPDATE, MASKS, METHODS, REFUSED, Controller, k3, log_ratio, parse_knobs,
-                    scale_gradient, token_mean, wanted_tensors, with_state)
-from record import (RunLog, check_folder, checkpoints, dry_run, load_checkpoint, record_answers,
-                    save_checkpoint)
-from rollout import (collate, evaluate, full_tensors, gap_metrics, make_engine, micro_batches, mix_second_sample,
-                     resolve_engine, reward_metrics, rollout_batch, total)
+from data import first_prompt, load_problems, render_all
+from entropy import NEEDED_STATISTICS, STATISTICS, entropy_metrics, sums_by_name
+from losses import (
+    CONTROLLERS,
+    IDLE_WITH_ONE_UPDATE,
+    MASKS,
+    METHODS,
+    group_advantages,
+    k3,
+    log_ratio,
+    scale_gradient,
+    token_mean,
+)
+from policy import (
+    agree_on_micro_batches,
+    batch_statistics,
+    build_policy,
+    entropy_after,
+    full_tensors,
+    max_over_ranks,
+    response_statistics,
+    sum_over_ranks,
+)
+from record import (
+    RunLog,
+    check_folder,
+    checkpoints,
+    dry_run,
+    load_checkpoint,
+    record_answers,
+    save_checkpoint,
+)
+from rollout import (
+    BATCH_EDITS,
+    answer_metrics,
+    collate,
+    evaluate,
+    make_engine,
+    mismatch_metrics,
+    resolve_engine,
+    sample_batch,
+    verdict_metrics,
+)
+from verify import RULES
 
-# ---- configuration ---------------------------------------------------------------------------------------------------
+# ---- configuration: every field is a flag --------------------------------------------------------
+
 
 def flag(default, help):
-    kind = dict(default_factory=default.copy) if isinstance(default, list) else dict(default=default)
-    return field(**kind, metadata={"help": help})
+    metadata = {"help": help}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class Data:
     _argument_group_name = "policy and data"
-    model: str = flag("tiny", "Hugging Face folder or hub name; tiny, tiny-mini, tiny-small: of tiny.py, with its settings")
-    data: list[str] = flag(["countdown"], "training problems: .jsonl, .parquet, hub names; countdown: those of tiny.py")
-    num_prompts: int = flag(0, "train on so many of the problems, nested subsets by --seed (0: all)")
+    model: str = flag(
+        "tiny",
+        "Hugging Face folder or hub name; tiny, tiny-mini, tiny-small: of tiny.py, with its "
+        "settings",
+    )
+    data: list[str] = flag(
+        ["countdown"],
+        "training problems: .jsonl, .parquet, hub names; countdown: those of tiny.py",
+    )
+    rule: str = flag(
+        "", "rule of verify.RULES that rewards answers; if empty: by the data's columns"
+    )
+    num_prompts: int = flag(
+        0, "train on so many of the problems, nested subsets by --seed (0: all)"
+    )
     max_prompt_len: int = flag(2048, "longest prompt in tokens; a longer one is an error")
     max_response_len: int = flag(8192, "longest response in tokens; a longer one is cut: truncated")
 
@@ -67,7 +129,9 @@ class Method:
     adv_norm: str = flag("std", "std: advantages divided by their group's std; none: Dr. GRPO")
     dynamic_sampling: bool = flag(False, "drop groups without variance, sample others instead")
     max_resample: int = flag(4, "with --dynamic_sampling: further rounds at most")
-    tis_cap: float = flag(0.0, "cap of the truncated importance weight for the engine gap (0: off)")
+    tis_cap: float = flag(
+        0.0, "cap of the truncated importance weight for the engine mismatch (0: off)"
+    )
 
 
 @dataclass
@@ -79,9 +143,16 @@ class Training:
     weight_decay: float = flag(0.0, "AdamW's weight decay")
     grad_clip: float = flag(1.0, "largest gradient norm")
     parallel: str = flag("ddp", "ddp, or fsdp: weights, gradients and optimizer sharded (FSDP2)")
-    dtype: str = flag("auto", "compute in bfloat16 or float32; auto: bfloat16 on GPUs. Master weights are float32")
-    micro_batch_tokens: int = flag(16384, "padded tokens per forward: memory and speed; same gradient (but see README)")
-    activation_checkpointing: bool = flag(False, "recompute layers in backward: less memory, more time")
+    dtype: str = flag(
+        "auto",
+        "compute in bfloat16 or float32; auto: bfloat16 on GPUs. Master weights are float32",
+    )
+    micro_batch_tokens: int = flag(
+        16384, "padded tokens per forward: memory and speed; same gradient (but see README)"
+    )
+    activation_checkpointing: bool = flag(
+        False, "recompute layers in backward: less memory, more time"
+    )
     engine: str = flag("auto", "vllm, torch; auto: vllm where a GPU and vllm are present")
     rollout_tp: int = flag(1, "ranks per vllm engine (tensor parallel)")
     rollout_gpu_memory: float = flag(0.4, "vllm's share of each GPU's memory")
@@ -91,7 +162,9 @@ class Training:
 class Run:
     _argument_group_name = "evaluation and run"
     eval_data: list[str] = flag([], "test problems, as --data; none: no evaluation")
-    eval_every: int = flag(20, "steps between evaluations; also before the first step and after the last")
+    eval_every: int = flag(
+        20, "steps between evaluations; also before the first step and after the last"
+    )
     eval_prompts: int = flag(0, "the first so many problems of each set (0: all)")
     eval_samples: int = flag(8, "answers per problem, for pass@1, 2, 4 ...")
     eval_temperature: float = flag(1.0, "their temperature")
@@ -100,26 +173,124 @@ class Run:
     seed: int = flag(0, "of data order, sampling, random selections")
     save_every: int = flag(50, "steps between checkpoints; the last step always")
     keep_checkpoints: int = flag(2, "the newest so many are kept, and the best of the evaluated")
+    record_step: int = flag(
+        0, "write the answers that this step learns from to step-N-rank-R.jsonl (0: none)"
+    )
     resume: bool = flag(False, "go on from the run's last complete checkpoint")
     overwrite: bool = flag(False, "delete an earlier run of that name")
-    dry_run: bool = flag(False, "print the plan, three prompts and verdicts on their gold answers, then exit")
+    dry_run: bool = flag(
+        False, "print the plan, three prompts and verdicts on their gold answers, then exit"
+    )
     log_to: str = flag("", "tensorboard or wandb, beside metrics.jsonl")
-    record_step: int = flag(0, "write the answers that this step learns from to step-N-rank-R.jsonl (0: none)")
     trust_remote_code: bool = flag(False, "run Python code that comes with the model")
 
 
-MAY_BE_ZERO = {"num_prompts", "max_resample", "tis_cap", "steps", "warmup_updates", "weight_decay", "eval_prompts",
-               "seed", "record_step"}
-CHOICES = {"parallel": ("ddp", "fsdp"), "dtype": ("auto", "float32", "bfloat16"), "adv_norm": ("std", "none"),
-           "log_to": ("", "tensorboard", "wandb")}
+CHOICES = {
+    "parallel": ("ddp", "fsdp"),
+    "dtype": ("auto", "float32", "bfloat16"),
+    "adv_norm": ("std", "none"),
+    "log_to": ("", "tensorboard", "wandb"),
+}
+MAY_BE_ZERO = {
+    "num_prompts",
+    "max_resample",
+    "tis_cap",
+    "steps",
+    "warmup_updates",
+    "weight_decay",
+    "eval_prompts",
+    "seed",
+    "record_step",
+}
+INCOMPATIBLE = {  # (method, flag): why they do not go together
+    ("w_reinforce", "dynamic_sampling"): (
+        "it has no baseline, so equal rewards do teach; leave the flag out"
+    ),
+    ("w_reinforce", "adv_norm"): (
+        "it uses no group advantages, so there is nothing to normalise; leave the flag out"
+    ),
+    ("aepo", "tis_cap"): (
+        "some of its answers come from another temperature on purpose, which the weight would "
+        "undo; leave the flag out"
+    ),
+    ("gspo", "tis_cap"): (
+        "its ratio is the sequence's, and weights per token would change it; leave the flag out"
+    ),
+}
 
 
-class OneLine(argparse.ArgumentDefaultsHelpFormatter):  # --help, a line for each flag
+class OneLine(argparse.ArgumentDefaultsHelpFormatter):
+    """--help, a line for each flag."""
+
     def __init__(self, prog):
         super().__init__(prog, max_help_position=28, width=150)
 
     def _format_action_invocation(self, action):
         return action.option_strings[0]
+
+
+def parse(argv):
+    """The command line as one checked namespace; ValueError with one clear line on bad input."""
+    parser = HfArgumentParser(
+        [Data, Method, Training, Run],
+        usage="train.py --method METHOD [options]",
+        description=__doc__.splitlines()[0] + " Defaults are shown for the --model given.",
+        formatter_class=OneLine,
+        allow_abbrev=False,
+    )
+    without_help = [word for word in argv if word not in ("-h", "--help")]
+    model = parser.parse_known_args(without_help)[0].model
+    if model in tiny.SIZES:
+        parser.set_defaults(**tiny.DEFAULTS)
+    cfg = parser.parse_args(argv)
+    if model in tiny.SIZES:
+        cfg.knobs = tiny.KNOBS.get(cfg.method, []) + cfg.knobs
+    parse_knobs(cfg.method, cfg.knobs)
+    for (method, name), why in INCOMPATIBLE.items():
+        if method == cfg.method and getattr(cfg, name) != parser.get_default(name):
+            raise ValueError(f"--method {method} with --{name}: {why}")
+    check_values(cfg)
+    cfg.engine = resolve_engine(cfg.engine, cfg.rollout_tp)
+    cfg.name = cfg.name or default_name(cfg)
+    if Path(cfg.name).name != cfg.name or cfg.name.startswith("."):
+        raise ValueError(
+            f"--name {cfg.name}: one folder's name is expected; --out says where it goes"
+        )
+    check_folder(cfg)
+    return cfg
+
+
+def check_values(cfg):
+    """ValueError for a value that no run can have."""
+    for name, value in vars(cfg).items():
+        is_number = type(value) in (int, float)
+        allowed = is_number and (value > 0 or value == 0 and name in MAY_BE_ZERO)
+        if is_number and not allowed:
+            raise ValueError(f"--{name} {value}: it must be positive")
+    for name, choices in (CHOICES | {"rule": ("", *RULES)}).items():
+        value = getattr(cfg, name)
+        if value not in choices:
+            listed = ", ".join(filter(None, choices))
+            raise ValueError(f"--{name} {value}: choose from {listed}")
+    ranks = int(os.environ["WORLD_SIZE"])
+    if cfg.steps and cfg.prompts_per_step % (ranks * cfg.updates_per_rollout):
+        raise ValueError(
+            f"--prompts_per_step {cfg.prompts_per_step} must be a multiple of {ranks} (ranks) x "
+            f"{cfg.updates_per_rollout} (--updates_per_rollout)"
+        )
+    if cfg.seed * cfg.group_size >= 2**28:
+        raise ValueError("--seed x --group_size must stay below 2^28")
+    if cfg.dynamic_sampling and cfg.group_size == 1:
+        raise ValueError("--dynamic_sampling needs groups of 2 or more")
+
+
+def default_name(cfg):
+    """METHOD-MODEL-seedSEED; of a checkpoint the run's name, too."""
+    parts = Path(cfg.model).parts
+    is_checkpoint = parts[-1:] and parts[-1].startswith("checkpoint-")
+    model = "-".join(parts[-2:] if is_checkpoint else parts[-1:])
+    what = cfg.method if cfg.steps else "eval"
+    return f"{what}-{model}-seed{cfg.seed}"
 
 
 @contextmanager
@@ -129,222 +300,546 @@ def clear_errors():
         yield
     except (ValueError, OSError) as error:
         if os.environ["LOCAL_RANK"] == "0":
-            print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            one_line = " ".join(str(error).split())
+            print(f"train.py: error: {one_line}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
 
-def parse(argv):
-    """The command line as one checked namespace; ValueError with one clear line on bad input."""
-    parser = HfArgumentParser([Data, Method, Training, Run], usage="train.py --method METHOD [options]",
-                              description=__doc__.splitlines()[0] + " Defaults are shown for the --model given.",
-                              formatter_class=OneLine, allow_abbrev=False)
-    if parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].model in tiny.SIZES:
-        parser.set_defaults(**tiny.DEFAULTS)
-    cfg, world = parser.parse_args(argv), int(os.environ["WORLD_SIZE"])
-    if cfg.model in tiny.SIZES:
-        cfg.knobs = tiny.KNOBS.get(cfg.method, []) + cfg.knobs
-    parse_knobs(cfg.method, cfg.knobs)
-    for (method, name), why in REFUSED.items():
-        if method == cfg.method and getattr(cfg, name) != parser.get_default(name):
-            raise ValueError(f"--method {method} with --{name}: {why}")
-    for name, value in vars(cfg).items():
-        if type(value) in (int, float) and not (value > 0 or value == 0 and name in MAY_BE_ZERO):
-            raise ValueError(f"--{name} {value}: it must be positive")
-    cfg.engine = resolve_engine(cfg.engine, cfg.rollout_tp)
-    for name, choices in CHOICES.items():
-        if getattr(cfg, name) not in choices:
-            raise ValueError(f"--{name} {getattr(cfg, name)}: choose from {', '.join(filter(None, choices))}")
-    if cfg.steps and cfg.prompts_per_step % (world * cfg.updates_per_rollout):
-        raise ValueError(f"--prompts_per_step {cfg.prompts_per_step} must be a multiple of {world} (ranks) x "
-                         f"{cfg.updates_per_rollout} (--updates_per_rollout)")
-    if cfg.seed * cfg.group_size >= 2 ** 28 or cfg.dynamic_sampling and cfg.group_size == 1:
-        raise ValueError("--seed x --group_size must stay below 2^28; --dynamic_sampling needs groups of 2 or more")
-    model_name = "-".join(Path(cfg.model).parts[-2 if Path(cfg.model).name.startswith("checkpoint-") else -1:])
-    cfg.name = cfg.name or f"{cfg.method if cfg.steps else 'eval'}-{model_name}-seed{cfg.seed}"
-    if Path(cfg.name).name != cfg.name or cfg.name.startswith("."):
-        raise ValueError(f"--name {cfg.name}: one folder's name is expected; --out says where it goes")
-    check_folder(cfg)
-    return cfg
+# ---- knobs: the settings of a method -------------------------------------------------------------
+# A method's function in losses.py says all: keyword arguments without a default are tensors that it
+# wants, those with one are its knobs. Its controller and its mask, if it has them, have knobs of
+# their own.
 
 
-# ---- update ----------------------------------------------------------------------------------------------------------
+def keyword_arguments(function):
+    parameters = inspect.signature(function).parameters.values()
+    return [parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
 
-def update(trained, optimizer, batch, tensors, rows, knobs, cfg):
-    """Stage 4: one optimizer step on some rows of the batch; {metric: float} over all ranks, None if loss or gradient
-    were not finite and the step was not taken.
 
-    tensors: {name: (B, T)}, all that stays fixed during the updates. The loss is a sum / num_tokens with the tokens of
-    all micro-batches and ranks, so the gradient does not depend on how they are split."""
-    wanted, loss_mask = wanted_tensors(cfg.method), batch["loss_mask"]
-    num_tokens, num_sequences = total(torch.stack([loss_mask[rows].sum(), loss_mask[rows].any(1).sum()])).float()
-    micro, sums = micro_batches(batch["lengths"].tolist(), rows, cfg.micro_batch_tokens), {}
-    for i, rows in enumerate(micro):
-        postpone = cfg.parallel == "ddp" and i + 1 < len(micro)  # DDP exchanges gradients in the last backward only
-        with trained.no_sync() if postpone else nullcontext():
-            now = score(trained, batch, rows, ["log_probs"] + [name for name in wanted if name in STATISTICS])
-            log_probs, width = now["log_probs"], now["log_probs"].shape[1]
-            mask, fixed = loss_mask[rows, :width], {name: tensor[rows, :width] for name, tensor in tensors.items()}
-            fixed["num_sequences"] = num_sequences
+def wanted_tensors(method):
+    """Names of the further tensors that a method takes."""
+    arguments = keyword_arguments(METHODS[method])
+    return [argument.name for argument in arguments if argument.default is argument.empty]
+
+
+def needed_statistics(method):
+    """Names of the entropy.STATISTICS that a step needs of the policy that sampled, and of a frozen
+    reference: two lists. A method that wants old_token_entropy needs the former's token_entropy."""
+    old_names = set(NEEDED_STATISTICS)
+    ref_names = []
+    for name in wanted_tensors(method):
+        if name.startswith("old_"):
+            old_names.add(name.removeprefix("old_"))
+        elif name.startswith("ref_"):
+            ref_names.append(name.removeprefix("ref_"))
+    return sorted(old_names), ref_names
+
+
+def default_knobs(function):
+    """{name: default} of the knobs of a loss, of a controller's rule or of a mask; None has
+    none."""
+    if function is None:
+        return {}
+    knobs = {}
+    for argument in keyword_arguments(function):
+        if argument.default is not argument.empty and argument.name != "num_tokens":
+            knobs[argument.name] = argument.default
+    return knobs
+
+
+def with_state(loss_knobs, controller_state):
+    """The knobs of a loss, those that its controller sets taken from the controller's state."""
+    return {name: controller_state.get(name, value) for name, value in loss_knobs.items()}
+
+
+def parse_knobs(method, settings):
+    """["cov_frac=2e-2", ...] -> three dicts: the knobs of the loss, of its controller's rule and of
+    its mask, with the defaults.
+
+    Raises ValueError on an unknown method, an unknown knob (listing those that the method has) or a
+    value that the method refuses: it is tried here, so that a typing error costs no model to be
+    loaded."""
+    if method not in METHODS:
+        raise ValueError(f"--method {method} is unknown. Methods: {', '.join(sorted(METHODS))}")
+    loss_knobs = default_knobs(METHODS[method])
+    rule_knobs = default_knobs(CONTROLLERS.get(method))
+    mask_knobs = default_knobs(MASKS.get(method))
+    set_by_controller = example_state(method, rule_knobs)
+    known = {name: value for name, value in loss_knobs.items() if name not in set_by_controller}
+    known |= rule_knobs | mask_knobs
+    for setting in settings:
+        name, _, text = setting.partition("=")
+        if name not in known:
+            listed = ", ".join(f"{knob}={default}" for knob, default in known.items())
+            raise ValueError(
+                f"--knobs {setting}: {method} has no knob '{name}'. It has: {listed or 'none'}"
+            )
+        value = read_knob(name, text, known[name])
+        for knobs in (loss_knobs, rule_knobs, mask_knobs):
+            if name in knobs:
+                knobs[name] = value
+    try_on_two_tokens(method, loss_knobs, rule_knobs)
+    return loss_knobs, rule_knobs, mask_knobs
+
+
+def read_knob(name, text, default):
+    """The value in `name=text`, of the default's type; dual_clip takes none too. Fractions must lie
+    in (0, 1]."""
+    if isinstance(default, str):
+        return text
+    if text == "none" and name == "dual_clip":
+        return None
+    setting = f"{name}={text}"
+    try:
+        value = int(text) if type(default) is int else float(text)
+    except ValueError:
+        raise ValueError(f"--knobs {setting}: a number is expected after '='") from None
+    if not math.isfinite(value):
+        raise ValueError(f"--knobs {setting}: a finite number is expected")
+    if name.endswith("_frac") and not 0 < value <= 1:
+        raise ValueError(f"--knobs {setting}: a fraction in (0, 1] is expected, not per cent")
+    return value
+
+
+def example_state(method, rule_knobs):
+    """A state of the method's controller, for its names; {} without one."""
+    if method not in CONTROLLERS:
+        return {}
+    metrics = {"reward/mean": 0.5, "entropy/peak_mean": 1.0}
+    return CONTROLLERS[method]({}, 1.0, 0.0, metrics, **rule_knobs)
+
+
+def try_on_two_tokens(method, loss_knobs, rule_knobs):
+    """Calls controller and loss once: they raise ValueError on a value that they refuse."""
+    state = example_state(method, rule_knobs)
+    two = torch.full((1, 2), -1.0)
+    tensors = {name: two for name in wanted_tensors(method)}
+    knobs = with_state(loss_knobs, state)
+    METHODS[method](two, two, -two, two < 0, **tensors, **knobs)
+
+
+# ---- set-up --------------------------------------------------------------------------------------
+
+
+def load_sets(names, split, rule=""):
+    """{name: problems} of several sets, by data.load_problems; the word countdown stands for
+    tiny.py's problems of that split. rule: a key of verify.RULES, "" for the one that fits the
+    data.
+
+    A set's name is its file's, in letters, digits, _ . and - only, since files and metrics are
+    named after it; a/train.jsonl and b/train.jsonl are train and train-2."""
+    sets = {}
+    for name in names:
+        stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(name).stem)[:100]
+        key = stem
+        number = 2
+        while key in sets:
+            key = f"{stem}-{number}"
+            number += 1
+        if name == "countdown":
+            sets[key] = countdown_problems(split, rule)
+        else:
+            sets[key] = load_problems(name, rule or None)
+    return sets
+
+
+def countdown_problems(split, rule):
+    """tiny.py's problems of that split; rule: another one than theirs."""
+    if rule == "math":
+        raise ValueError("--rule math cannot judge countdown: its gold answers are no mathematics")
+    problems = tiny.problems(split, tiny.PROBLEMS[split])
+    if rule:
+        problems = [replace(problem, rule=rule) for problem in problems]
+    return problems
+
+
+def load_data(cfg):
+    """{name: problems} to train on, and to evaluate on."""
+    train_names = cfg.data if cfg.steps else []
+    eval_names = [name for name in cfg.eval_data if name != "none"]
+    train_sets = load_sets(train_names, "train", cfg.rule)
+    eval_sets = load_sets(eval_names, "test", cfg.rule)
+    return train_sets, eval_sets
+
+
+def check_model_name(cfg):
+    """OSError or ValueError if there is no such model, before anything slow."""
+    if cfg.model not in tiny.SIZES:
+        AutoConfig.from_pretrained(cfg.model, trust_remote_code=cfg.trust_remote_code)
+
+
+def start_process_group(cfg):
+    """This rank's device, and the dtype that it computes in."""
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cpu")
+    if on_gpu:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    if cfg.dtype == "auto":
+        dtype = torch.bfloat16 if on_gpu else torch.float32
+    else:
+        dtype = getattr(torch, cfg.dtype)
+    return device, dtype
+
+
+def base_model(cfg):
+    """Folder or hub name of the model that training starts from."""
+    if cfg.model not in tiny.SIZES:
+        return cfg.model
+    if dist.get_rank() == 0:
+        tiny.base_model(size=cfg.model)  # made once; the other ranks wait, then find it
+    dist.barrier()
+    return tiny.base_model(size=cfg.model)
+
+
+def load_tokenizer(base, cfg):
+    """The tokenizer and the model's config; ValueError if answers may outgrow the model's
+    positions."""
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=cfg.trust_remote_code)
+    model_config = AutoConfig.from_pretrained(base, trust_remote_code=cfg.trust_remote_code)
+    longest = cfg.max_prompt_len + cfg.max_response_len
+    if longest > getattr(model_config, "max_position_embeddings", longest):
+        raise ValueError(
+            f"--max_prompt_len + --max_response_len, {longest}, is more than the positions of "
+            f"{base}"
+        )
+    return tokenizer, model_config
+
+
+def render_sets(train_sets, eval_sets, tokenizer, cfg):
+    """(problems, prompts) to train on, and {name: (problems, prompts)} to evaluate on; prompts are
+    token ids."""
+    to_train = render_all(train_sets, tokenizer, cfg.max_prompt_len, cfg.num_prompts, cfg.seed)
+    to_evaluate = {}
+    for name, problems in eval_sets.items():
+        first = problems[: cfg.eval_prompts or None]
+        to_evaluate[name] = render_all({name: first}, tokenizer, cfg.max_prompt_len)
+    return to_train, to_evaluate
+
+
+def first_state():
+    """The counters of a run that begins. A checkpoint holds the same, and the optimizer's state."""
+    return {
+        "step": 0,  # the last one that is done
+        "drawn": 0,  # problems, over all ranks
+        "updates": 0,
+        "controller": {},  # the state of the method's controller
+        "last_update_metrics": {},  # means over the updates of the last step
+    }
+
+
+def make_optimizer(policy, cfg):
+    return torch.optim.AdamW(
+        policy.parameters(),
+        lr=cfg.lr,
+        weight_decay=cfg.weight_decay,
+        betas=(0.9, 0.95),
+    )
+
+
+def load_optimizer(policy, optimizer, state):
+    """state: of a checkpoint, whole on every rank."""
+    options = StateDictOptions(full_state_dict=True)
+    set_optimizer_state_dict(policy, optimizer, state, options=options)
+
+
+def wrap_ddp(policy, cfg):
+    """The policy as it is called in training; FSDP2 has wrapped its own, and an evaluation needs
+    none."""
+    if cfg.parallel == "fsdp" or not cfg.steps:
+        return policy
+    return DistributedDataParallel(policy, forward_sync_buffers=False, gradient_as_bucket_view=True)
+
+
+def start_engine(base, policy, tokenizer, cfg, device, dtype):
+    """The engine, with the policy's weights."""
+    ends = policy.model.generation_config.eos_token_id or []  # one id, or several for chat models
+    if not isinstance(ends, list):
+        ends = [ends]
+    stop_ids = {tokenizer.eos_token_id, *ends} - {None}
+    engine = make_engine(
+        cfg.engine,
+        base,
+        dtype=dtype,
+        device=device,
+        stop_ids=stop_ids,
+        max_model_len=cfg.max_prompt_len + cfg.max_response_len,
+        tensor_parallel_size=cfg.rollout_tp,
+        gpu_memory_utilization=cfg.rollout_gpu_memory,
+        trust_remote_code=cfg.trust_remote_code,
+    )
+    engine.push_weights(full_tensors(policy.model))
+    return engine
+
+
+def warn_if_idle(run_log, cfg):
+    if cfg.method in IDLE_WITH_ONE_UPDATE and cfg.updates_per_rollout == 1:
+        cause = f"{cfg.method} with --updates_per_rollout 1"
+        run_log.warn(cause, IDLE_WITH_ONE_UPDATE[cfg.method])
+
+
+def note_sigterms():
+    """A list to which every SIGTERM from now on adds an entry, instead of ending the program."""
+    received = []
+
+    def handler(number, frame):
+        received.append(number)
+
+    signal.signal(signal.SIGTERM, handler)
+    return received
+
+
+class Stopwatch:
+    """Seconds of the stages of a step, {"time/STAGE_s": seconds}."""
+
+    def __init__(self):
+        self.start = time.perf_counter()
+        self.last = self.start
+        self.seconds = {}
+
+    def lap(self, stage):
+        now = time.perf_counter()
+        self.seconds[f"time/{stage}_s"] = now - self.last
+        self.seconds["time/step_s"] = now - self.start
+        self.last = now
+
+
+# ---- parts of a step -----------------------------------------------------------------------------
+
+
+def batch_entropy_metrics(batch, old, cfg):
+    """Stage 3: what the sampled tokens say about the entropy."""
+    return entropy_metrics(
+        old,
+        batch["advantages"],
+        batch["response_mask"],
+        batch["group_accuracy"],
+        cfg.group_size,
+        sum_over_ranks,
+    )
+
+
+def tokens_to_learn_from(batch, old, mask_knobs, cfg):
+    """Stage 3: the response mask, (B, T) bool, without the tokens that the method leaves out."""
+    response_mask = batch["response_mask"]
+    if cfg.method not in MASKS:
+        return response_mask
+    leave_out = MASKS[cfg.method]
+    return leave_out(old, batch["advantages"], response_mask, sum_over_ranks, **mask_knobs)
+
+
+def fixed_tensors(batch, old, ref):
+    """Stage 4: what a loss may ask for and what stays fixed during the updates, {name: (B, T)}."""
+    names = ("advantages", "rewards", "group_accuracy", "rollout_log_probs")
+    tensors = {name: batch[name] for name in names}
+    tensors |= {f"old_{name}": values for name, values in old.items()}
+    tensors |= {f"ref_{name}": values for name, values in ref.items()}
+    return tensors
+
+
+def update(ddp_policy, optimizer, batch, tensors, rows, knobs, cfg):
+    """Stage 4: one optimizer step on some rows of the batch.
+
+    tensors: {name: (B, T)}, all that stays fixed during the updates. Returns {metric: float} over
+    all ranks, or None if loss or gradient were not finite and the step was not taken.
+
+    The loss is a sum / num_tokens with the tokens of all micro-batches and ranks. So the gradient
+    does not depend on how they are split, unless the method chooses among the tokens of a call."""
+    loss_mask = batch["loss_mask"]
+    wanted = wanted_tensors(cfg.method)
+    wanted_now = ["log_probs"] + [name for name in wanted if name in STATISTICS]
+    counts = torch.stack([loss_mask[rows].sum(), loss_mask[rows].any(1).sum()])
+    num_tokens, num_sequences = sum_over_ranks(counts).float()
+
+    sums = {}
+    lengths = batch["lengths"].tolist()
+    micro = agree_on_micro_batches(lengths, rows, cfg.micro_batch_tokens)
+    for i, micro_rows in enumerate(micro):
+        # DDP exchanges gradients in the last backward only.
+        postpone = cfg.parallel == "ddp" and i + 1 < len(micro)
+        with ddp_policy.no_sync() if postpone else nullcontext():
+            now = response_statistics(ddp_policy, batch, micro_rows, wanted_now)
+            log_probs = now["log_probs"]  # (b, t), with gradient
+            width = log_probs.shape[1]
+            mask = loss_mask[micro_rows, :width]
+            fixed = {name: tensor[micro_rows, :width] for name, tensor in tensors.items()}
+            old_log_probs = fixed["old_log_probs"]
             if cfg.tis_cap:
-                gap = log_ratio(fixed["old_log_probs"], fixed["rollout_log_probs"], mask)
-                log_probs = scale_gradient(log_probs, gap.exp().clamp(max=cfg.tis_cap))
+                mismatch = log_ratio(old_log_probs, fixed["rollout_log_probs"], mask)
+                weight = mismatch.exp().clamp(max=cfg.tis_cap)
+                log_probs = scale_gradient(log_probs, weight)
+            available = now | fixed | {"num_sequences": num_sequences}
             loss, metrics = METHODS[cfg.method](
-                log_probs, fixed["old_log_probs"], fixed["advantages"], mask,
-                **{name: (now | fixed)[name] for name in wanted}, **knobs, num_tokens=num_tokens)
-            (loss * dist.get_world_size()).backward()  # DDP and FSDP2 average over ranks; the loss is a sum over them
-        kl = token_mean(k3(fixed["old_log_probs"], log_probs.detach(), mask), mask, num_tokens)
-        for name, value in {"train/loss": loss.detach(), "policy/kl_to_rollout": kl, **metrics}.items():
+                log_probs,
+                old_log_probs,
+                fixed["advantages"],
+                mask,
+                **{name: available[name] for name in wanted},
+                **knobs,
+                num_tokens=num_tokens,
+            )
+            # DDP and FSDP2 average over ranks; the loss is a sum over them.
+            (loss * dist.get_world_size()).backward()
+        kl = token_mean(k3(old_log_probs, log_probs.detach(), mask), mask, num_tokens)
+        metrics = {"train/loss": loss.detach(), "policy/kl_to_rollout": kl, **metrics}
+        for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + value
-    norm = torch.nn.utils.clip_grad_norm_(trained.parameters(), cfg.grad_clip)
-    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    means = dict(zip(sums, total(torch.stack([value.double() for value in sums.values()])).tolist()))
-    finite = math.isfinite(norm) and math.isfinite(means["train/loss"])
+
+    grad_norm = torch.nn.utils.clip_grad_norm_(ddp_policy.parameters(), cfg.grad_clip)
+    if isinstance(grad_norm, DTensor):
+        grad_norm = grad_norm.full_tensor()
+    metrics = sums_by_name(sums, sum_over_ranks)
+    metrics["train/grad_norm"] = float(grad_norm)
+    finite = math.isfinite(metrics["train/grad_norm"]) and math.isfinite(metrics["train/loss"])
     if finite:
         optimizer.step()
     optimizer.zero_grad()
-    return means | {"train/grad_norm": norm} if finite else None
+    return metrics if finite else None
 
 
-# ---- the program -----------------------------------------------------------------------------------------------------
+def mean_metrics(updates):
+    """Mean of each metric over the updates that were taken; {} if none was."""
+    taken = [metrics for metrics in updates if metrics is not None]
+    names = taken[0] if taken else ()
+    return {name: sum(metrics[name] for metrics in taken) / len(taken) for name in names}
+
+
+# ---- the program ---------------------------------------------------------------------------------
+
 
 def main(argv=None):
-    with clear_errors():
+    with clear_errors():  # bad input ends the program here, before anything slow
         cfg = parse(sys.argv[1:] if argv is None else argv)
-        train_sets = verify.load_sets(cfg.data if cfg.steps else [], "train")
-        eval_sets = verify.load_sets([name for name in cfg.eval_data if name != "none"], "test")
-        if cfg.model not in tiny.SIZES:
-            AutoConfig.from_pretrained(cfg.model, trust_remote_code=cfg.trust_remote_code)  # a wrong name is found here
-    cuda, local_rank = torch.cuda.is_available(), int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    dtype = torch.bfloat16 if cfg.dtype == "bfloat16" or cfg.dtype == "auto" and cuda else torch.float32
-    if cuda:
-        torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    rank, folder = dist.get_rank(), Path(cfg.out, cfg.name)
-
-    if cfg.model in tiny.SIZES and rank == 0:
-        tiny.base_model(size=cfg.model)  # made once; the other ranks wait, then find it
-    dist.barrier()
-    base = tiny.base_model(size=cfg.model) if cfg.model in tiny.SIZES else cfg.model
+        train_sets, eval_sets = load_data(cfg)
+        check_model_name(cfg)
+    loss_knobs, rule_knobs, mask_knobs = parse_knobs(cfg.method, cfg.knobs)
+    old_names, ref_names = needed_statistics(cfg.method)
+    device, dtype = start_process_group(cfg)
+    rank = dist.get_rank()
+    folder = Path(cfg.out, cfg.name)
+    base = base_model(cfg)
     with clear_errors():
-        trust = dict(trust_remote_code=cfg.trust_remote_code)
-        tokenizer, longest = AutoTokenizer.from_pretrained(base, **trust), cfg.max_prompt_len + cfg.max_response_len
-        model_config = AutoConfig.from_pretrained(base, **trust)
-        if longest > getattr(model_config, "max_position_embeddings", longest):
-            raise ValueError(f"--max_prompt_len + --max_response_len, {longest}, is more than the positions of {base}")
-        problems, prompts = verify.render_all(train_sets, tokenizer, cfg.max_prompt_len, cfg.num_prompts, cfg.seed)
-        eval_sets = {name: verify.render_all({name: one_set[:cfg.eval_prompts or None]}, tokenizer, cfg.max_prompt_len)
-                     for name, one_set in eval_sets.items()}
-
+        tokenizer, model_config = load_tokenizer(base, cfg)
+        (problems, prompts), eval_sets = render_sets(train_sets, eval_sets, tokenizer, cfg)
     if cfg.dry_run:
-        dry_run(cfg, model_config, tokenizer, [(problems, prompts)] if cfg.steps else eval_sets.values(), dtype)
+        shown = [(problems, prompts)] if cfg.steps else eval_sets.values()
+        dry_run(cfg, model_config, tokenizer, shown, dtype, with_reference=bool(ref_names))
         return dist.destroy_process_group()
 
-    # Weights, optimizer, controller, counters: all that --resume needs. Random draws depend on seed and step only.
+    # The weights, the optimizer and `state` are all that --resume needs.
     start = checkpoints(folder)[-1] if cfg.resume else None
+    # An evaluation only copies the weights to the engine.
+    policy_device = device if cfg.steps else torch.device("cpu")
     with clear_errors():
-        state = load_checkpoint(start) if start else dict(step=0, drawn=0, updates=0, controller={}, means={})
-        policy = build_policy(start or base, cfg, device if cfg.steps else torch.device("cpu"), dtype)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, betas=(0.9, 0.95))
-    loss_knobs, rule_knobs, mask_knobs = parse_knobs(cfg.method, cfg.knobs)
-    controller = Controller(CONTROLLERS.get(cfg.method), rule_knobs)
+        state = load_checkpoint(start) if start else first_state()
+        policy = build_policy(start or base, cfg, policy_device, dtype)
+    optimizer = make_optimizer(policy, cfg)
     if start:
-        whole = StateDictOptions(full_state_dict=True)
-        set_optimizer_state_dict(policy, optimizer, state.pop("optimizer"), options=whole)
-    controller.load_state_dict(state["controller"])
-    trained = policy if cfg.parallel == "fsdp" or not cfg.steps else DistributedDataParallel(
-        policy, forward_sync_buffers=False, gradient_as_bucket_view=True)
-    wanted = wanted_tensors(cfg.method)
-    old_names = sorted({*MICROSCOPE, *(name[4:] for name in wanted if name.startswith("old_"))})
-    ref_names = [name[4:] for name in wanted if name.startswith("ref_")]
+        load_optimizer(policy, optimizer, state.pop("optimizer"))
+    ddp_policy = wrap_ddp(policy, cfg)
     reference = build_policy(base, cfg, device, dtype) if ref_names else None
-    ends = policy.model.generation_config.eos_token_id or []  # one id, or several for chat models
-    stop_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    engine = make_engine(cfg.engine, base, dtype=dtype, device=device, stop_ids=stop_ids, max_model_len=longest,
-                         tensor_parallel_size=cfg.rollout_tp, gpu_memory_utilization=cfg.rollout_gpu_memory, **trust)
-    engine.push_weights(full_tensors(policy.model))
+    engine = start_engine(base, policy, tokenizer, cfg, device, dtype)
 
-    run_log = RunLog(folder, cfg, state["step"], rank, verify.first_prompt(tokenizer, prompts, eval_sets))
-    if cfg.method in IDLE_WITH_ONE_UPDATE and cfg.updates_per_rollout == 1:
-        run_log.warn(f"{cfg.method} with --updates_per_rollout 1", IDLE_WITH_ONE_UPDATE[cfg.method])
+    run_log = RunLog(folder, cfg, state["step"], rank, first_prompt(tokenizer, prompts, eval_sets))
+    warn_if_idle(run_log, cfg)
     if eval_sets and not start:
-        run_log.write({"step": 0} | run_log.evaluation(0, evaluate(engine, tokenizer, eval_sets, cfg)))
-    failures, interrupted, stop = 0, False, []
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))  # obeyed after the step; before the first it just ends
+        metrics = run_log.evaluation(0, evaluate(engine, tokenizer, eval_sets, cfg))
+        run_log.write({"step": 0} | metrics)
+    sigterms = note_sigterms()  # before this line a SIGTERM just ends the program
+    failures = 0
+    interrupted = False
 
     for step in range(state["step"] + 1, cfg.steps + 1):
-        torch.manual_seed(hash((cfg.seed, step, rank)) % 2 ** 63)  # a method's random draws, the same after --resume
-        clock = [time.perf_counter()]
+        # What a method draws depends on seed, step and rank only: the same after --resume.
+        torch.manual_seed(hash((cfg.seed, step, rank)) % 2**63)
+        watch = Stopwatch()
 
-        # ---- 1 sample · 2 verify and centre per group
-        answers, state["drawn"] = rollout_batch(engine, tokenizer, problems, prompts, state["drawn"], cfg)
-        metrics = reward_metrics(answers, cfg.group_size)
-        if "second_temperature" in controller.state:
-            mix_second_sample(engine, tokenizer, answers, controller.state, cfg)
+        # ---- 1 sample answers and verify them
+        answers, verdicts, state["drawn"] = sample_batch(
+            engine, tokenizer, problems, prompts, state["drawn"], cfg
+        )
+        metrics = answer_metrics(answers, cfg.group_size)
+
+        # ---- 2 centre and scale the rewards within each group
+        rewards = torch.tensor([answer["reward"] for answer in answers])  # (B,)
+        advantages = group_advantages(rewards, cfg.group_size, cfg.adv_norm)  # (B,)
+        if cfg.method in BATCH_EDITS:
+            answers, advantages, more_verdicts = BATCH_EDITS[cfg.method](
+                engine, tokenizer, answers, advantages, state["controller"], cfg
+            )
+            verdicts.update(more_verdicts)
+        metrics |= verdict_metrics(verdicts)
         if step == cfg.record_step:
             record_answers(folder / f"step-{step}-rank-{rank}.jsonl", answers)
-        verdicts = total(torch.tensor([verify.outcomes.pop(v, 0) for v in verify.VERDICTS])).tolist()
-        batch = collate(answers, device)
+        batch = collate(answers, advantages, device)
         engine.sleep()
-        clock.append(time.perf_counter())
+        watch.lap("rollout")
 
-        # ---- 3 old_log_probs, the gap to the engine's, and what the tokens say about the entropy
-        old = score_all(trained, batch, old_names, cfg.micro_batch_tokens, cfg.updates_per_rollout)
-        tensors = {name: batch[name] for name in ("advantages", "rewards", "group_accuracy", "rollout_log_probs")}
-        tensors |= {f"old_{name}": values for name, values in old.items()}
+        # ---- 3 the same tokens under the trainer's weights
+        budget = cfg.micro_batch_tokens
+        old = batch_statistics(ddp_policy, batch, old_names, budget, cfg.updates_per_rollout)
+        ref = {}
         if reference:
-            ref = score_all(reference, batch, ref_names, cfg.micro_batch_tokens, cfg.updates_per_rollout)
-            tensors |= {f"ref_{name}": values for name, values in ref.items()}
-        batch_of = (old, batch["advantages"], batch["response_mask"], total)
-        metrics |= gap_metrics(batch, old["log_probs"]) | measure(*batch_of, batch["group_accuracy"], cfg.group_size)
-        controller.update(metrics["entropy/response_mean"], (step - 1) / cfg.steps, state["means"] | metrics)
-        batch["loss_mask"] = batch["response_mask"]  # the tokens that the updates learn from
-        if cfg.method in MASKS:
-            batch["loss_mask"] = MASKS[cfg.method](*batch_of, **mask_knobs)
-        clock.append(time.perf_counter())
+            ref = batch_statistics(reference, batch, ref_names, budget, cfg.updates_per_rollout)
+        metrics |= mismatch_metrics(batch, old["log_probs"])
+        metrics |= batch_entropy_metrics(batch, old, cfg)
+        if cfg.method in CONTROLLERS:
+            rule = CONTROLLERS[cfg.method]
+            entropy = metrics["entropy/response_mean"]
+            progress = (step - 1) / cfg.steps
+            seen = state["last_update_metrics"] | metrics
+            state["controller"] = rule(state["controller"], entropy, progress, seen, **rule_knobs)
+        batch["loss_mask"] = tokens_to_learn_from(batch, old, mask_knobs, cfg)
+        watch.lap("score")
 
-        # ---- 4 optimizer steps
+        # ---- 4 updates
+        tensors = fixed_tensors(batch, old, ref)
+        knobs = with_state(loss_knobs, state["controller"])
         updates = []
         for rows in np.array_split(np.arange(len(answers)), cfg.updates_per_rollout):
-            optimizer.param_groups[0]["lr"] = cfg.lr * min(1.0, (state["updates"] + 1) / max(1, cfg.warmup_updates))
-            knobs = with_state(loss_knobs, controller.state)
-            updates.append(update(trained, optimizer, batch, tensors, rows.tolist(), knobs, cfg))
+            warmup = min(1.0, (state["updates"] + 1) / max(1, cfg.warmup_updates))
+            optimizer.param_groups[0]["lr"] = cfg.lr * warmup
+            updated = update(ddp_policy, optimizer, batch, tensors, rows.tolist(), knobs, cfg)
+            updates.append(updated)
             state["updates"] += 1
-            failures = failures + 1 if updates[-1] is None else 0
+            failures = failures + 1 if updated is None else 0
             if failures == 10:
-                raise SystemExit(f"ten updates in a row without finite loss or gradient; {folder} has checkpoints")
-        metrics["entropy/change_measured"] = entropy_after(trained, batch, old, cfg)
-        clock.append(time.perf_counter())
+                saved = [path.name for path in checkpoints(folder)]
+                raise SystemExit(
+                    "ten updates in a row without finite loss or gradient; "
+                    f"checkpoints in {folder}: {', '.join(saved) or 'none yet'}"
+                )
+        metrics["entropy/change_measured"] = entropy_after(ddp_policy, batch, old, cfg)
+        watch.lap("update")
 
         # ---- 5 push the weights
         engine.wake()
         engine.push_weights(full_tensors(policy.model))
-        clock.append(time.perf_counter())
+        watch.lap("push")
 
         # ---- 6 log, evaluate, checkpoint
         state["step"] = step
-        taken = [m for m in updates if m]
-        state["means"] = {name: sum(m[name] for m in taken) / len(taken) for name in (taken[0] if taken else ())}
-        metrics = {"step": step, **metrics, **state["means"],
-                   **{f"controller/{name}": value for name, value in controller.state.items()},
-                   **{f"verify/{name}": count for name, count in zip(verify.VERDICTS, verdicts)},
-                   "train/skipped": len(updates) - len(taken), "train/lr": optimizer.param_groups[0]["lr"]}
-        for name, i, j in (("rollout", 0, 1), ("score", 1, 2), ("update", 2, 3), ("push", 3, 4), ("step", 0, 4)):
-            metrics[f"time/{name}_s"] = clock[j] - clock[i]
+        state["last_update_metrics"] = mean_metrics(updates)
+        metrics = {"step": step} | metrics | state["last_update_metrics"]
+        metrics |= {f"controller/{name}": value for name, value in state["controller"].items()}
+        metrics["train/skipped"] = updates.count(None)
+        metrics["train/lr"] = optimizer.param_groups[0]["lr"]
+        metrics |= watch.seconds
         if eval_sets and (step % cfg.eval_every == 0 or step == cfg.steps):
             metrics |= run_log.evaluation(step, evaluate(engine, tokenizer, eval_sets, cfg))
         run_log.write(metrics)
-        stopped = total(torch.tensor(len(stop))) > 0  # by a SIGTERM to any rank: all must save
-        if step % cfg.save_every == 0 or step == cfg.steps or stopped:
-            state["controller"] = controller.state_dict()
+        stopped = max_over_ranks(len(sigterms)) > 0  # a SIGTERM to any rank: all must save
+        if stopped or step % cfg.save_every == 0 or step == cfg.steps:
             save_checkpoint(folder, policy, optimizer, tokenizer, state, cfg.keep_checkpoints)
-        if interrupted := stopped and step < cfg.steps:
+        if stopped and step < cfg.steps:
+            interrupted = True
             break
 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     run_log.close(interrupted)
     engine.close()
-    del trained  # or DDP, the process group's last owner, ends it with the GIL held, which gloo's thread may wait for
+    del ddp_policy  # or DDP ends the process group with the GIL held: gloo's thread may wait for it
     if dist.is_initialized():  # vLLM's shutdown takes the process group with it
         dist.destroy_process_group()
 

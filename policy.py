@@ -1,0 +1,247 @@
+"""The model that is trained: log-probs of given responses, DDP and FSDP2, micro-batches, sums over
+ranks.
+
+Shapes: B answers of this rank, L tokens of the longest prompt with response, T of the longest
+response, V tokens in the vocabulary. A batch is what rollout.collate returns.
+"""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from safetensors import SafetensorError
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from entropy import token_statistics
+
+# ---- the model -----------------------------------------------------------------------------------
+
+# Settings of a model that change its logits after the head.
+LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+class Policy(nn.Module):
+    """A Hugging Face causal language model that scores given responses; DDP and FSDP2 wrap it."""
+
+    def __init__(self, model, temperature, autocast=torch.float32, chunk_tokens=512):
+        """autocast: torch.bfloat16 computes in it on float32 weights (DDP). FSDP2 casts by itself
+        and wants float32 here."""
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+        self.autocast = autocast
+        self.chunk_tokens = chunk_tokens
+        for name in LOGIT_CHANGES:
+            if getattr(model.config, name, None) not in (None, 1):
+                raise ValueError(
+                    f"{model.config.model_type} changes its logits after the head ({name}), which "
+                    "Policy.forward does not do: add it to token_statistics or choose another model"
+                )
+
+    def forward(self, ids, prompt_lens, response_mask, wanted=("log_probs",)):
+        """The wanted entropy.STATISTICS of the response tokens, {name: (B, T) float32}, 0 on
+        padding.
+
+        ids (B, L): prompt + response, padded on the right; prompt_lens (B,); response_mask (B, T)
+        bool. Padding on the right needs no attention mask and no position ids: under causal
+        attention no response token ever sees it.
+        """
+        row, column = response_mask.nonzero(as_tuple=True)
+        position = prompt_lens[row] + column
+        use_autocast = self.autocast != torch.float32
+        with torch.autocast(ids.device.type, self.autocast, enabled=use_autocast):
+            output = self.model.base_model(input_ids=ids, use_cache=False)
+            hidden = output.last_hidden_state  # (B, L, D)
+            found = token_statistics(
+                hidden[row, position - 1],  # the state before a token predicts it
+                self.model.get_output_embeddings(),
+                ids[row, position],
+                self.temperature,
+                wanted,
+                self.chunk_tokens,
+            )
+        padding = torch.zeros(response_mask.shape, device=ids.device)
+        return {name: padding.index_put((row, column), values) for name, values in found.items()}
+
+
+def build_policy(path, cfg, device, dtype):
+    """The policy, or a reference, with float32 master weights that compute in `dtype`.
+
+    cfg.parallel "fsdp" shards it by decoder layer (FSDP2); "ddp" leaves it whole, and train.py
+    wraps it. ValueError if the folder's weights are broken or of another model."""
+    model = load_model(path, cfg.trust_remote_code)
+    policy = Policy(model, cfg.temperature, dtype if cfg.parallel == "ddp" else torch.float32)
+    policy.eval()  # no dropout: the ratio would start away from 1
+    layers = decoder_layers(model)
+    if cfg.activation_checkpointing:
+        checkpoint_activations(model, layers)
+    if cfg.parallel == "ddp":
+        return policy.to(device)
+    return shard(policy, layers, device, dtype)
+
+
+def load_model(path, trust_remote_code):
+    """The model in host memory, float32, one copy per rank."""
+    transformers_logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch.float32,
+            trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,  # they are refused below, in one line
+            output_loading_info=True,
+        )
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights in {path} are truncated or not in safetensors format ({error})"
+        ) from None
+    wrong = [str(name) for name in info["missing_keys"]]
+    for name, _, shape in info["mismatched_keys"]:
+        wrong.append(f"{name} of the shape {tuple(shape)}")
+    if wrong:  # transformers would draw them at random
+        first = min(wrong)
+        raise ValueError(
+            f"{path} does not hold {first} ...: its weights are of another model than its "
+            "config.json"
+        )
+    return model
+
+
+def decoder_layers(model):
+    names = model._no_split_modules or ()
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def checkpoint_activations(model, layers):
+    """Layers are checkpointed in training mode only; their dropouts stay in eval mode."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in layers:
+        layer.training = True
+
+
+def shard(policy, layers, device, dtype):
+    """FSDP2: one layer at a time goes to the device, which keeps its shard of it. The whole model
+    is never there."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for module in [*layers, policy]:
+        fully_shard(module, mesh=mesh, mp_policy=precision)
+    return policy
+
+
+def full_tensors(model):
+    """Yields (name, tensor) of model.state_dict(), sharded tensors gathered one at a time, so that
+    a rank holds its shards and one whole tensor. A collective under FSDP2: every rank must exhaust
+    it.
+
+    state_dict(), not named_parameters(): it repeats a tied lm_head.weight. vLLM on CPU keeps a
+    packed copy of the head, and without that entry it would go on sampling from the old one,
+    silently."""
+    for name, tensor in model.state_dict().items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        yield name, whole
+
+
+# ---- ranks ---------------------------------------------------------------------------------------
+
+
+def sum_over_ranks(values):
+    """Sum of a tensor over ranks, float64. A collective."""
+    values = values.detach().double()
+    dist.all_reduce(values)
+    return values
+
+
+def max_over_ranks(value):
+    """Largest of a number (or of a tensor of one element) over ranks. A collective."""
+    largest = torch.as_tensor(value).clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.item()
+
+
+# ---- micro-batches -------------------------------------------------------------------------------
+
+
+def micro_batches(lengths, rows, budget, at_least=1):
+    """Lists of rows of similar lengths, each of at most `budget` padded tokens or of one row.
+
+    lengths: tokens of each row of the batch; rows: indices into it; at_least: so many lists come
+    out, by halving the longest (there must be as many rows)."""
+    batches = [[]]
+    for row in sorted(rows, key=lambda row: lengths[row]):
+        padded = (len(batches[-1]) + 1) * lengths[row]  # rows come shortest first
+        if batches[-1] and padded > budget:
+            batches.append([])
+        batches[-1].append(row)
+    while len(batches) < at_least:
+        batches.sort(key=len)
+        longest = batches.pop()
+        middle = len(longest) // 2
+        batches += [longest[:middle], longest[middle:]]
+    return batches
+
+
+def agree_on_micro_batches(lengths, rows, budget):
+    """micro_batches, as many on every rank. A collective.
+
+    FSDP2 gathers the weights from all ranks in every forward, and a rank with one forward less
+    would leave the others waiting. Every rank has as many rows, so there always is a list to
+    halve."""
+    at_least = max_over_ranks(len(micro_batches(lengths, rows, budget)))
+    return micro_batches(lengths, rows, budget, at_least)
+
+
+# ---- statistics of a batch -----------------------------------------------------------------------
+
+
+def response_statistics(policy, batch, rows, wanted):
+    """The wanted entropy.STATISTICS of some rows of a batch, {name: (b, t)}, with gradient; t: the
+    longest response of these rows."""
+    mask = batch["response_mask"][rows]
+    longest_response = mask.sum(1).max()
+    longest = batch["lengths"][rows].max()
+    ids = batch["ids"][rows, :longest]
+    return policy(ids, batch["prompt_lens"][rows], mask[:, :longest_response], wanted)
+
+
+@torch.no_grad()
+def batch_statistics(policy, batch, wanted, budget, updates):
+    """The wanted entropy.STATISTICS of the whole batch, {name: (B, T)}, without gradient, in
+    micro-batches of at most `budget` padded tokens.
+
+    It is split as the `updates` of the batch will be: the same rows in one forward give the same
+    rounding, so that the first update sees a ratio of exactly 1. With another split KL-Cov's
+    sign(log r) would act on rounding errors."""
+    shape = batch["response_mask"].shape
+    found = {name: torch.zeros(shape, device=batch["ids"].device) for name in wanted}
+    lengths = batch["lengths"].tolist()
+    for rows_of_update in np.array_split(np.arange(len(lengths)), updates):
+        for rows in agree_on_micro_batches(lengths, rows_of_update.tolist(), budget):
+            for name, values in response_statistics(policy, batch, rows, wanted).items():
+                found[name][rows, : values.shape[1]] = values
+    return found
+
+
+@torch.no_grad()
+def entropy_after(policy, batch, old, cfg):
+    """What the updates did to the entropy on the contexts that they learned from: the mean of
+    H after - H before, in nats per token over all ranks, before being old["token_entropy"] (B, T).
+
+    It reads each group's first answer only: a forward of 1/G of the batch. These are other
+    micro-batches than before the updates, so in bfloat16 the difference holds rounding, too."""
+    entropy_before = old["token_entropy"]
+    lengths = batch["lengths"].tolist()
+    first_answers = range(0, len(lengths), cfg.group_size)
+    sums = torch.zeros(2, dtype=torch.float64, device=entropy_before.device)
+    for rows in agree_on_micro_batches(lengths, first_answers, cfg.micro_batch_tokens):
+        after = response_statistics(policy, batch, rows, ["token_entropy"])["token_entropy"]
+        width = after.shape[1]
+        mask = batch["response_mask"][rows, :width]
+        change = (after - entropy_before[rows, :width])[mask].double()
+        sums += torch.stack([change.sum(), mask.sum().double()])
+    change, tokens = sum_over_ranks(sums).tolist()
+    return change / tokens
