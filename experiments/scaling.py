@@ -1,21 +1,51 @@
-"""What a step costs on GPUs, on paper: memory, seconds, bytes sent; writes results/scaling.md. No GPU was at hand.
+"""What a step costs as it grows: on paper, as no GPU was at hand, and measured on two CPU cores.
 
-    python -m experiments.scaling
+    python -m experiments.scaling             on paper: memory, seconds, bytes sent; a second
+    python -m experiments.scaling measure     measured and counted with two gloo ranks; a quarter of
+                                              an hour, spoiled by what else runs on the machine
 
-experiments/scaling_measured.py counts and measures on two CPU cores what can be counted and measured there.
-N parameters, R ranks, P prompts, G answers each, T response tokens.
+They write results/scaling.md and results/scaling_measured.md. N parameters, R ranks, P prompts, G
+answers each, T response tokens.
 """
+
+import json
 import math
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
 from collections import Counter
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
+import train  # first: it sets what torch reads when it is imported
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import tiny
+from diagnose import read_metrics
+from experiments.runs import table
+
+RESULTS = Path("experiments/results")
 STAGES = ("rollout", "score", "update", "push")
+
+
+# ---- on paper: the model -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Shape:
     """A Qwen2 model: what its parameters, memory and FLOPs follow from."""
+
     hidden: int
     layers: int
     heads: int
@@ -34,12 +64,26 @@ class Shape:
         return 2 * self.kv_heads * self.head_dim
 
 
-SEVEN = Shape(3584, 28, 28, 4, 128, 18944, 152064, tied=False)
-THIRTY_TWO = Shape(5120, 64, 40, 8, 128, 27648, 152064, tied=False)
-MEMORY, FLOPS, HBM, NVLINK, NETWORK = 80e9, 989e12, 3.35e12, 450e9, 50e9  # of an H100: bytes, then per second
-GPUS_PER_NODE = 8
-ASSUMED = dict(flops=0.35, hbm=0.5, links=0.7)  # shares of the peaks that are reached: assumptions
-OVERHEAD = 3e9  # bytes for CUDA, NCCL and fragments: an assumption too
+SEVEN = Shape(
+    hidden=3584,
+    layers=28,
+    heads=28,
+    kv_heads=4,
+    head_dim=128,
+    intermediate=18944,
+    vocab=152064,
+    tied=False,
+)
+THIRTY_TWO = Shape(
+    hidden=5120,
+    layers=64,
+    heads=40,
+    kv_heads=8,
+    head_dim=128,
+    intermediate=27648,
+    vocab=152064,
+    tied=False,
+)
 
 
 def layer_parameters(s):
@@ -49,8 +93,10 @@ def layer_parameters(s):
 
 
 def root_parameters(s):
-    """Of what no layer holds: embedding, head, last norm. FSDP2 keeps them in one group, gathered from forward to
-    backward."""
+    """Of what no layer holds: embedding, head, last norm.
+
+    FSDP2 keeps them in one group, gathered from forward to backward.
+    """
     return s.vocab * s.hidden * (1 if s.tied else 2) + s.hidden
 
 
@@ -58,136 +104,290 @@ def parameters(s):
     return s.layers * layer_parameters(s) + root_parameters(s)
 
 
-def memory_per_gpu(s, ranks, micro_batch_tokens=16384, rollout_tp=1, rollout_gpu_memory=0.4, memory=MEMORY):
-    """Bytes per GPU under FSDP2 with bfloat16 compute, float32 master weights, activation checkpointing and vLLM, as
-    entropy.build_policy and rollout.VllmEngine hold them: (parts, peaks), two {name: bytes}.
+# ---- on paper: memory, bytes, seconds ------------------------------------------------------------
 
-    The first three parts are exact. "one layer" is what PyTorch keeps of a layer for backward, reckoned per token; the
-    chunk of 512 tokens x V in float32 exists five times (logits, over T, log_softmax, their gradients)."""
-    n, layer, root = parameters(s), layer_parameters(s), root_parameters(s)
+# Of an H100: bytes, then per second.
+MEMORY = 80e9
+FLOPS = 989e12
+HBM = 3.35e12
+NVLINK = 450e9
+NETWORK = 50e9
+
+GPUS_PER_NODE = 8
+# Shares of the peaks that are reached: assumptions.
+ASSUMED = {"flops": 0.35, "hbm": 0.5, "links": 0.7}
+# Bytes for CUDA, NCCL and fragments: an assumption too.
+OVERHEAD = 3e9
+
+
+def memory_per_gpu(
+    s,
+    ranks,
+    micro_batch_tokens=16384,
+    rollout_tp=1,
+    rollout_gpu_memory=0.4,
+    memory=MEMORY,
+):
+    """Bytes per GPU, (parts, peaks), two {name: bytes}.
+
+    Under FSDP2 with bfloat16 compute, float32 master weights, activation checkpointing and vLLM, as
+    policy.build_policy and rollout.VllmEngine hold them. The first three parts are exact. "one
+    layer" is what PyTorch keeps of a layer for backward, reckoned per token. The chunk of 512
+    tokens x V in float32 exists five times: logits, over T, log_softmax, their gradients.
+    """
+    n = parameters(s)
+    layer = layer_parameters(s)
+    root = root_parameters(s)
     per_token = 24 * s.hidden + 4 * s.key_value + 10 * s.query + 14 * s.intermediate
     parts = {
-        "weights": 4 * n / ranks, "gradients": 4 * n / ranks, "optimizer": 8 * n / ranks,
-        "gathered": 2 * (2 * layer + root),  # bfloat16; the next layer is fetched while one computes
-        "unreduced gradients": (2 + 4) * (layer + root),  # bfloat16, and their float32 copy for the reduce-scatter
-        "layer inputs": 2 * s.layers * micro_batch_tokens * s.hidden, "one layer": micro_batch_tokens * per_token,
-        "log-prob chunk": 5 * 4 * 512 * s.vocab, "engine weights": 2 * n / rollout_tp,
-        "KV cache": rollout_gpu_memory * memory - 2 * n / rollout_tp - OVERHEAD, "overhead": OVERHEAD}
+        "weights": 4 * n / ranks,
+        "gradients": 4 * n / ranks,
+        "optimizer": 8 * n / ranks,
+        # bfloat16; the next layer is fetched while one computes
+        "gathered": 2 * (2 * layer + root),
+        # bfloat16, and their float32 copy for the reduce-scatter
+        "unreduced gradients": (2 + 4) * (layer + root),
+        "layer inputs": 2 * s.layers * micro_batch_tokens * s.hidden,
+        "one layer": micro_batch_tokens * per_token,
+        "log-prob chunk": 5 * 4 * 512 * s.vocab,
+        "engine weights": 2 * n / rollout_tp,
+        "KV cache": rollout_gpu_memory * memory - 2 * n / rollout_tp - OVERHEAD,
+        "overhead": OVERHEAD,
+    }
     kept = parts["weights"] + parts["optimizer"] + OVERHEAD
-    update = ("gradients", "gathered", "unreduced gradients", "layer inputs", "one layer", "log-prob chunk")
-    return parts, {
+    in_update = (
+        "gradients",
+        "gathered",
+        "unreduced gradients",
+        "layer inputs",
+        "one layer",
+        "log-prob chunk",
+    )
+    peaks = {
         "rollout": kept + rollout_gpu_memory * memory,
-        "update": kept + sum(parts[name] for name in update),  # vLLM sleeps: level 2 keeps neither weights nor cache
-        "optimizer step": kept + parts["gradients"] + 4 * n / ranks,  # AdamW's temporaries, about one more float32 copy
-        "push": kept + parts["engine weights"] + 4 * s.vocab * s.hidden}  # one whole float32 tensor at a time
+        # vLLM sleeps: level 2 keeps neither weights nor cache
+        "update": kept + sum(parts[name] for name in in_update),
+        # AdamW's temporaries, about one more float32 copy
+        "optimizer step": kept + parts["gradients"] + 4 * n / ranks,
+        # one whole float32 tensor at a time
+        "push": kept + parts["engine weights"] + 4 * s.vocab * s.hidden,
+    }
+    return parts, peaks
 
 
 def communication_per_step(s, parallel, updates, micro_batches, after=1, bytes_per_weight=2):
-    """Bytes of the whole tensors in one step's collectives, {"STAGE KIND": bytes}; micro_batches: of all updates
-    together; after: of the entropy measured after them. Over the wire, each rank sends and receives (R - 1) / R of it,
-    an all-reduce twice that.
+    """Bytes of the whole tensors in one step's collectives, {"STAGE KIND": bytes}.
 
-    The root's weights stay gathered after a forward until a backward frees them, so the score pass gathers them once
-    and leaves them to the first update."""
-    n, layers, root = parameters(s), s.layers * layer_parameters(s), root_parameters(s)
+    micro_batches: of all updates together; after: of the entropy measured after them. Over the
+    wire, each rank sends and receives (R - 1) / R of it, an all-reduce twice that.
+
+    The root's weights stay gathered after a forward until a backward frees them, so the score pass
+    gathers them once and leaves them to the first update.
+    """
+    n = parameters(s)
+    layers = s.layers * layer_parameters(s)
+    root = root_parameters(s)
     if parallel == "ddp":
         return {"update all_reduce": 4 * n * updates}
-    return {"score all_gather": bytes_per_weight * (micro_batches * layers + root),
-            "update all_gather": bytes_per_weight * (2 * micro_batches * layers + (micro_batches - 1) * root),
-            "update reduce_scatter": 4 * micro_batches * n,
-            "measure all_gather": bytes_per_weight * (after * layers + root),
-            "push all_gather": 4 * (n + s.tied * s.vocab * s.hidden)}  # a tied head is pushed twice
+    gathered_in_update = 2 * micro_batches * layers + (micro_batches - 1) * root
+    pushed_twice = s.tied * s.vocab * s.hidden  # a tied head
+    return {
+        "score all_gather": bytes_per_weight * (micro_batches * layers + root),
+        "update all_gather": bytes_per_weight * gathered_in_update,
+        "update reduce_scatter": 4 * micro_batches * n,
+        "measure all_gather": bytes_per_weight * (after * layers + root),
+        "push all_gather": 4 * (n + pushed_twice),
+    }
 
 
-def seconds_per_step(s, ranks, prompts, group=8, response=4096, longest=8192, prompt=256, updates=8,
-                     micro_batch_tokens=16384, rollout_tp=1, rollout_gpu_memory=0.4):
+def seconds_per_step(
+    s,
+    ranks,
+    prompts,
+    group=8,
+    response=4096,
+    longest=8192,
+    prompt=256,
+    updates=8,
+    micro_batch_tokens=16384,
+    rollout_tp=1,
+    rollout_gpu_memory=0.4,
+):
     """{stage: seconds} from FLOPs, bytes read and bytes sent, at the ASSUMED shares of the peaks.
 
-    Sampling: every decode step reads the engine's weights, every token its context; no fewer steps than the longest
-    answer has tokens, no more answers at once than max_rows and the KV cache allow. Communication hides behind
-    compute."""
-    n, answers, context = parameters(s), prompts * group, prompt + response / 2
+    Sampling: every decode step reads the engine's weights, every token its context. There are no
+    fewer steps than the longest answer has tokens, and no more answers at once than max_rows and
+    the KV cache allow. Communication hides behind compute.
+    """
+    n = parameters(s)
+    answers = prompts * group
+    context = prompt + response / 2
+    flops_reached = ASSUMED["flops"] * FLOPS
     parts, _ = memory_per_gpu(s, ranks, micro_batch_tokens, rollout_tp, rollout_gpu_memory)
+
     kv = 2 * s.layers * s.key_value / rollout_tp  # bytes per token and GPU
     share = answers * rollout_tp / ranks  # answers per engine
     at_once = min(256, share, parts["KV cache"] // (kv * context))
     steps = max(longest, share * response / at_once)
     read = steps * parts["engine weights"] + share * response * context * kv
-    sampled = 2 * n * share * response / rollout_tp  # FLOPs per GPU
+    sampling_flops = 2 * n * share * response / rollout_tp  # per GPU
+
     tokens = answers * (prompt + response) / ranks
-    forward = (2 * (n - s.vocab * s.hidden) + 2 * s.layers * s.query * (prompt + response)) * tokens  # FLOPs per GPU
-    micro_batches, sent = updates * math.ceil(tokens / (updates * micro_batch_tokens)), Counter()
+    flops_per_token = 2 * (n - s.vocab * s.hidden) + 2 * s.layers * s.query * (prompt + response)
+    compute = flops_per_token * tokens / flops_reached
+
+    micro_batches = updates * math.ceil(tokens / (updates * micro_batch_tokens))
     after = math.ceil(tokens / (group * micro_batch_tokens))  # of each group's first answer
-    link = NVLINK if ranks <= GPUS_PER_NODE else min(NVLINK, GPUS_PER_NODE * NETWORK)  # rings leave a node by all cards
-    for name, size in communication_per_step(s, "fsdp", updates, micro_batches, after).items():
-        sent[name.split()[0].replace("measure", "update")] += size * (ranks - 1) / ranks / (ASSUMED["links"] * link)
-    compute = forward / (ASSUMED["flops"] * FLOPS)
-    return {"rollout": max(read / (ASSUMED["hbm"] * HBM), sampled / (ASSUMED["flops"] * FLOPS)),
-            "score": max(compute, sent["score"]), "update": max((4 + 1 / group) * compute, sent["update"]),
-            "push": sent["push"], "communication": sum(sent.values()), "at once": at_once}
+    sent = seconds_of_communication(s, ranks, updates, micro_batches, after)
+    return {
+        "rollout": max(read / (ASSUMED["hbm"] * HBM), sampling_flops / flops_reached),
+        "score": max(compute, sent["score"]),
+        "update": max((4 + 1 / group) * compute, sent["update"]),
+        "push": sent["push"],
+        "communication": sum(sent.values()),
+        "at once": at_once,
+    }
 
 
-# name, shape, ranks per vLLM engine, nodes, prompts per step: a multiple of ranks x 8 updates
-CASES = [(name, shape, tp, nodes, 512 if nodes == 8 else 256) for name, shape, tp in
-         (("Qwen/Qwen2.5-7B", SEVEN, 1), ("Qwen/Qwen2.5-32B", THIRTY_TWO, 4)) for nodes in (1, 2, 4, 8)]
+def seconds_of_communication(s, ranks, updates, micro_batches, after):
+    """{stage: seconds} under FSDP2; the entropy measured after the updates counts as update."""
+    link = NVLINK
+    if ranks > GPUS_PER_NODE:  # rings leave a node by all cards
+        link = min(NVLINK, GPUS_PER_NODE * NETWORK)
+    seconds = Counter()
+    collectives = communication_per_step(s, "fsdp", updates, micro_batches, after)
+    for name, size in collectives.items():
+        stage = name.split()[0].replace("measure", "update")
+        seconds[stage] += size * (ranks - 1) / ranks / (ASSUMED["links"] * link)
+    return seconds
 
 
-def command(name, tp, nodes, prompts):
-    rendezvous = f"--nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500 " if nodes > 1 else ""
-    return (f"torchrun {rendezvous}--nproc-per-node 8 train.py --method clip_cov --model {name} --data "
-            f"BytedTsinghua-SIA/DAPO-Math-17k --parallel fsdp --activation_checkpointing --rollout_tp {tp} "
-            f"--prompts_per_step {prompts} --group_size 8 --updates_per_rollout 8 --max_response_len 8192")
+# ---- on paper: the page --------------------------------------------------------------------------
 
 
-def paper_tables():
-    """Three blocks of Markdown: memory, seconds, commands, a line per case."""
-    parts, peaks = memory_per_gpu(SEVEN, 8)
-    memory = ["| model, GPUs | " + " | ".join([*parts] + [f"**peak: {peak}**" for peak in peaks]) +
-              " | fits in 80 | host, per node at the start | host, rank 0 at a checkpoint |"]
-    seconds = ["| model, GPUs | P | answers at once per engine | rollout | score | update | push | **step** | "
-               "communication alone | GB that a rank gathers at a push | response tokens per s |", "|---" * 11 + "|"]
-    memory.append("|---" * (memory[0].count("|") - 1) + "|")
-    for name, shape, tp, nodes, prompts in CASES:
-        ranks, n = nodes * GPUS_PER_NODE, parameters(shape)
-        parts, peaks = memory_per_gpu(shape, ranks, rollout_tp=tp)
-        fits = max(peaks.values()) < MEMORY and parts["KV cache"] > 0
-        cells = [f"{size / 1e9:.1f}" for size in (*parts.values(), *peaks.values())]
-        label = f"{name.split('-')[1]}, {ranks}"
-        memory.append(f"| {label} | {' | '.join(cells)} | {'yes' if fits else '**no**'} | "
-                      f"{4 * n * GPUS_PER_NODE / 1e9:.0f} | {12 * n / 1e9:.0f} |")
-        took = seconds_per_step(shape, ranks, prompts, rollout_tp=tp)
-        step = sum(took[stage] for stage in STAGES)
-        cells = [f"{took[stage]:.0f}" for stage in ("at once", "rollout", "score", "update")]
-        cells += [f"{took['push']:.1f}", f"**{step:.0f}**", f"{took['communication']:.0f}", f"{4 * n / 1e9:.0f}",
-                  f"{prompts * 8 * 4096 / step:,.0f}"]
-        cells = cells if fits else ["does not fit"] + [""] * 8
-        seconds.append(f"| {label} | {prompts} | {' | '.join(cells)} |")
-    commands = [command(name, tp, nodes, prompts) for name, _, tp, nodes, prompts in CASES]
-    return ["\n".join(lines) for lines in (memory, seconds, commands)]
+@dataclass(frozen=True)
+class Case:
+    model: str
+    shape: Shape
+    rollout_tp: int  # ranks per vLLM engine
+    nodes: int
+
+    @property
+    def prompts(self):
+        """Prompts per step: a multiple of ranks x 8 updates."""
+        return 512 if self.nodes == 8 else 256
+
+    @property
+    def ranks(self):
+        return self.nodes * GPUS_PER_NODE
+
+    @property
+    def label(self):
+        return f"{self.model.split('-')[1]}, {self.ranks}"
 
 
-TEXT = """# What a step costs on GPUs, on paper
+CASES = [Case("Qwen/Qwen2.5-7B", SEVEN, 1, nodes) for nodes in (1, 2, 4, 8)]
+CASES += [Case("Qwen/Qwen2.5-32B", THIRTY_TWO, 4, nodes) for nodes in (1, 2, 4, 8)]
 
-`python -m experiments.scaling`. P prompts, G answers each, T response tokens; GB = 10^9 bytes. What two CPU cores can
-show is in [scaling_measured.md](scaling_measured.md).
+
+def command(case):
+    rendezvous = ""
+    if case.nodes > 1:
+        rendezvous = f"--nnodes {case.nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
+    return (
+        f"torchrun {rendezvous}--nproc-per-node 8 train.py --method clip_cov --model {case.model} "
+        "--data BytedTsinghua-SIA/DAPO-Math-17k --parallel fsdp --activation_checkpointing "
+        f"--rollout_tp {case.rollout_tp} --prompts_per_step {case.prompts} --group_size 8 "
+        "--updates_per_rollout 8 --max_response_len 8192"
+    )
+
+
+def memory_and_peaks(case):
+    return memory_per_gpu(case.shape, case.ranks, rollout_tp=case.rollout_tp)
+
+
+def fits(case):
+    parts, peaks = memory_and_peaks(case)
+    return max(peaks.values()) < MEMORY and parts["KV cache"] > 0
+
+
+def memory_table():
+    parts, peaks = memory_and_peaks(CASES[0])
+    titles = ["model, GPUs", *parts]
+    titles += [f"**peak: {peak}**" for peak in peaks]
+    titles += ["fits in 80", "host, per node at the start", "host, rank 0 at a checkpoint"]
+    rows = []
+    for case in CASES:
+        n = parameters(case.shape)
+        parts, peaks = memory_and_peaks(case)
+        cells = [case.label]
+        cells += [f"{size / 1e9:.1f}" for size in (*parts.values(), *peaks.values())]
+        cells.append("yes" if fits(case) else "**no**")
+        cells.append(f"{4 * n * GPUS_PER_NODE / 1e9:.0f}")
+        cells.append(f"{12 * n / 1e9:.0f}")
+        rows.append(cells)
+    return table(titles, rows)
+
+
+def seconds_table():
+    titles = [
+        "model, GPUs",
+        "P",
+        "answers at once per engine",
+        *STAGES,
+        "**step**",
+        "communication alone",
+        "GB that a rank gathers at a push",
+        "response tokens per s",
+    ]
+    rows = []
+    for case in CASES:
+        cells = [case.label, case.prompts]
+        cells += seconds_cells(case) if fits(case) else ["does not fit"] + [""] * 8
+        rows.append(cells)
+    return table(titles, rows)
+
+
+def seconds_cells(case):
+    took = seconds_per_step(case.shape, case.ranks, case.prompts, rollout_tp=case.rollout_tp)
+    step = sum(took[stage] for stage in STAGES)
+    return [
+        f"{took['at once']:.0f}",
+        f"{took['rollout']:.0f}",
+        f"{took['score']:.0f}",
+        f"{took['update']:.0f}",
+        f"{took['push']:.1f}",
+        f"**{step:.0f}**",
+        f"{took['communication']:.0f}",
+        f"{4 * parameters(case.shape) / 1e9:.0f}",
+        f"{case.prompts * 8 * 4096 / step:,.0f}",
+    ]
+
+
+ON_PAPER = """# What a step costs on GPUs, on paper
+
+`python -m experiments.scaling`. P prompts, G answers each, T response tokens; GB = 10^9 bytes. What
+two CPU cores can show is in [scaling_measured.md](scaling_measured.md).
 
 ## Memory per GPU, GB
 
-FSDP2 as `entropy.build_policy` makes it: float32 weights, gradients and AdamW states, bfloat16 compute, activation
-checkpointing, 16,384 tokens per micro-batch, vLLM with `--rollout_gpu_memory 0.4`, asleep (level 2) in the update.
-Weights, gradients, optimizer and engine weights are exact; activations and the log-prob chunk are estimates,
-{overhead:.0f} GB of overhead an assumption. Nothing here was run on a GPU. Host: every rank loads float32 weights;
-a checkpoint gathers the weights and both AdamW states on rank 0.
+FSDP2 as `policy.build_policy` makes it: float32 weights, gradients and AdamW states, bfloat16
+compute, activation checkpointing, 16,384 tokens per micro-batch, vLLM with
+`--rollout_gpu_memory 0.4`, asleep (level 2) in the update. Weights, gradients, optimizer and engine
+weights are exact; activations and the log-prob chunk are estimates, {overhead:.0f} GB of overhead
+an assumption. Nothing here was run on a GPU. Host: every rank loads float32 weights; a checkpoint
+gathers the weights and both AdamW states on rank 0.
 
 {memory}
 
 ## Seconds per step
 
-G = 8, 8 updates, responses of 4,096 tokens on average and 8,192 at most, prompts of 256. Peaks of an H100: 989 TFLOP/s
-in bfloat16, 3.35 TB/s of memory, 450 GB/s of NVLink, 50 GB/s of network per GPU. **Assumed, not measured: {flops:.0%}
-of the FLOPs, {hbm:.0%} of the memory's and {links:.0%} of the links' bandwidth are reached, and communication hides
-behind compute.** Padding, verification and start-up are left out. From 32 to 64 GPUs P doubles: tokens per second do,
-seconds do not fall. 7B on 32 GPUs would sample no faster with more engines: the longest answer bounds it.
+G = 8, 8 updates, responses of 4,096 tokens on average and 8,192 at most, prompts of 256. Peaks of
+an H100: 989 TFLOP/s in bfloat16, 3.35 TB/s of memory, 450 GB/s of NVLink, 50 GB/s of network per
+GPU. **Assumed, not measured: {flops:.0%} of the FLOPs, {hbm:.0%} of the memory's and {links:.0%} of
+the links' bandwidth are reached, and communication hides behind compute.** Padding, verification
+and start-up are left out. From 32 to 64 GPUs P doubles: tokens per second do, seconds do not fall.
+7B on 32 GPUs would sample no faster with more engines: the longest answer bounds it.
 
 {seconds}
 
@@ -197,7 +397,380 @@ seconds do not fall. 7B on 32 GPUs would sample no faster with more engines: the
 """
 
 
+def write_on_paper():
+    text = ON_PAPER.format(
+        memory=memory_table(),
+        seconds=seconds_table(),
+        commands="\n".join(command(case) for case in CASES),
+        overhead=OVERHEAD / 1e9,
+        **ASSUMED,
+    )
+    (RESULTS / "scaling.md").write_text(text)
+
+
+# ---- measured: one rank --------------------------------------------------------------------------
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the bytes of all collectives, of the whole tensor: bytes["STAGE KIND"].
+
+    Sums of a few numbers are counted apart, as "scalars".
+    """
+
+    KINDS = {
+        "allreduce_": "all_reduce",
+        "all_reduce": "all_reduce",
+        "_allgather_base_": "all_gather",
+        "all_gather_into_tensor": "all_gather",
+        "_reduce_scatter_base_": "reduce_scatter",
+    }
+
+    def __init__(self):
+        super().__init__()
+        self.stage = "other"
+        self.bytes = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it turns into plain tensors and collectives, which come here
+        result = func(*args, **(kwargs or {}))
+        kind = self.KINDS.get(func.overloadpacket.__name__)
+        if func.namespace in ("c10d", "_c10d_functional") and kind:
+            # Of a gather the result is whole, of a scatter the argument.
+            size = max(bytes_in(value) for value in (*args, result))
+            is_scalar = kind == "all_reduce" and size < 1000
+            self.bytes["scalars" if is_scalar else f"{self.stage} {kind}"] += size
+        return result
+
+    def watch(self, name, stage):
+        """train.NAME, when called, begins a stage; its calls are counted, too."""
+        original = getattr(train, name)
+
+        def watched(*args):
+            self.stage = stage
+            self.bytes[name] += 1
+            return original(*args)
+
+        setattr(train, name, watched)
+
+
+def bytes_in(value):
+    """Of all tensors in a nested value."""
+    tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def worker(mode, arguments):
+    """train.main on this rank, with a line of RUN/rankR.jsonl per step.
+
+    It has the CPU seconds so far and, with the mode "count", the bytes of the step.
+    """
+    collectives = Collectives()
+    write = train.RunLog.write
+
+    def noted(log, row):
+        line = {"step": row["step"], "cpu_s": time.process_time(), **collectives.bytes}
+        with open(log.folder / f"rank{dist.get_rank()}.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        collectives.bytes.clear()
+        write(log, row)
+
+    train.RunLog.write = noted
+    collectives.watch("batch_statistics", "score")
+    collectives.watch("update", "update")
+    collectives.watch("response_statistics", "update")
+    collectives.watch("entropy_after", "measure")
+    collectives.watch("full_tensors", "push")
+    with collectives if mode == "count" else nullcontext():
+        train.main(arguments)
+
+
+# ---- measured: runs of one and two ranks ---------------------------------------------------------
+
+
+def busy_seconds():
+    """CPU seconds of this machine (Linux), of our finished children; the time."""
+    user, nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
+    own = resource.getrusage(resource.RUSAGE_CHILDREN)
+    machine = (user + nice + system) / os.sysconf("SC_CLK_TCK")
+    return np.array([machine, own.ru_utime + own.ru_stime, time.perf_counter()])
+
+
+def wait_until_idle(limit=40, pause=4):
+    """Until other programs leave the machine alone, for `limit` seconds at most.
+
+    The column of others tells whether they did.
+    """
+    for _ in range(limit // pause):
+        before = busy_seconds()
+        time.sleep(pause)
+        machine_seconds = (busy_seconds() - before)[0]
+        if machine_seconds < 0.1 * pause:
+            return
+
+
+def run(folder, ranks, *flags, steps=4, mode="time"):
+    """train.py under torchrun, a thread per rank: medians over all steps but the first.
+
+    "others": the cores that other programs took. "bytes": of the last step, counted on rank 0.
+    """
+    before = busy_seconds()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(ranks), "-m", "experiments.scaling", mode]
+    command += ["--out", str(folder), "--name", "run", "--overwrite", "--steps", str(steps)]
+    command += ["--eval_data", "none", "--save_every", "1000", "--engine", "torch"]
+    command += map(str, flags)
+    environment = dict(os.environ)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        environment.pop(name, None)
+    environment["OMP_NUM_THREADS"] = "1"
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {result.returncode}:\n{result.stderr}")
+    machine, own, seconds = busy_seconds() - before
+
+    cfg = json.loads((folder / "run" / "config.json").read_text())
+    rows = read_metrics(folder / "run")
+    by_rank = [read_metrics(folder / "run" / f"rank{rank}.jsonl") for rank in range(ranks)]
+    cpu_so_far = [[row["cpu_s"] for row in rank_rows] for rank_rows in by_rank]
+    cpu = np.diff(cpu_so_far, axis=1).max(0)  # of the rank that worked most
+    answers = cfg["prompts_per_step"] * cfg["group_size"]
+    tokens = [row["response/len_mean"] * answers for row in rows]
+
+    found = {}
+    for stage in STAGES:
+        found[stage] = np.median([row[f"time/{stage}_s"] for row in rows[1:]])
+    for name in ("step", "update"):
+        rates = [n / row[f"time/{name}_s"] for n, row in zip(tokens[1:], rows[1:])]
+        found[f"{name} tok/s"] = np.median(rates)
+    found["tokens"] = np.median(tokens)
+    found["tok/cpu_s"] = np.median(tokens[1:] / cpu)
+    found["cpu_s"] = np.median(cpu)
+    found["bytes"] = by_rank[0][-1]
+    found["others"] = (machine - own) / seconds
+    return found
+
+
+def write_model(folder, shape):
+    """An untrained model with tiny's tokenizer and a larger vocabulary.
+
+    It almost never says EOS, so every answer has --max_response_len tokens.
+    """
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(qwen2_config(shape)).save_pretrained(folder)
+    tiny.make_tokenizer().save_pretrained(folder)
+
+
+def qwen2_config(s):
+    return Qwen2Config(
+        vocab_size=s.vocab,
+        hidden_size=s.hidden,
+        intermediate_size=s.intermediate,
+        num_hidden_layers=s.layers,
+        num_attention_heads=s.heads,
+        num_key_value_heads=s.kv_heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=s.tied,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+
+
+def flags_of(model, prompts, group, response, updates, micro_batch_tokens=16384):
+    return (
+        *("--model", model),
+        *("--prompts_per_step", prompts),
+        *("--group_size", group),
+        *("--max_prompt_len", 24),
+        *("--max_response_len", response),
+        *("--updates_per_rollout", updates),
+        *("--micro_batch_tokens", micro_batch_tokens),
+    )
+
+
+# 13 M parameters: compute outweighs gloo.
+MODEL = Shape(
+    hidden=384,
+    layers=6,
+    heads=6,
+    kv_heads=6,
+    head_dim=64,
+    intermediate=1152,
+    vocab=4096,
+    tied=True,
+)
+ROUNDS = 2
+
+
+def speedup_table(folder):
+    """Two ranks against one on the same batch (strong scaling): a row per model and --parallel."""
+    titles = [
+        "model",
+        "`--parallel`",
+        "1 rank, tok/s",
+        "2 ranks, tok/s",
+        "whole step",
+        "update alone",
+        "per CPU second",
+        "the quietest round: whole step",
+        "update alone",
+        "others' cores then",
+        "in all",
+    ]
+    write_model(folder / "larger", MODEL)
+    settings = {
+        "tiny, 0.86 M": ("--model", "tiny"),
+        "larger, 13 M": flags_of(folder / "larger", 32, 4, 32, 2),
+    }
+    rows = []
+    for name, flags in settings.items():
+        for parallel in ("ddp", "fsdp"):
+            one_rank = []
+            two_ranks = []
+            for _ in range(ROUNDS):  # in turn: a busy minute hits both
+                wait_until_idle()
+                one_rank.append(run(folder, 1, *flags, "--parallel", parallel))
+                wait_until_idle()
+                two_ranks.append(run(folder, 2, *flags, "--parallel", parallel))
+            rows.append([name, parallel, *speedup_cells(one_rank, two_ranks)])
+            print(rows[-1], flush=True)
+    return table(titles, rows)
+
+
+def speedup_cells(one_rank, two_ranks):
+    """Both: [what run returned, per round]."""
+    others = [max(one["others"], two["others"]) for one, two in zip(one_rank, two_ranks)]
+    quietest = np.argmin(others)
+    cells = []
+    for found in (one_rank, two_ranks):
+        rate = np.median([of_round["step tok/s"] for of_round in found])
+        cells.append(f"{rate:.0f}")
+    in_quietest = []
+    for key in ("step tok/s", "update tok/s", "tok/cpu_s"):
+        one = [of_round[key] for of_round in one_rank]
+        two = [of_round[key] for of_round in two_ranks]
+        ratios = [b / a for a, b in zip(one, two)]
+        ratio = np.median(two) / np.median(one)
+        cells.append(f"{ratio:.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
+        in_quietest.append(f"{ratios[quietest]:.2f}")
+    cells += in_quietest[:2]
+    cells.append(f"{min(others):.2f}")
+    cells.append(f"{min(others):.2f}-{max(others):.2f}")
+    return cells
+
+
+def growth_table(folder):
+    """Seconds of each stage when one number is doubled, one rank, one thread."""
+    titles = [
+        "",
+        "parameters",
+        "response tokens",
+        *STAGES,
+        "CPU s per step",
+        "others' cores",
+    ]
+    base = {"prompts": 16, "group": 4, "response": 32, "updates": 2}
+    cases = {
+        "base: P 16, G 4, T 32, 6 layers": (MODEL, base),
+        "P 32": (MODEL, base | {"prompts": 32}),
+        "G 8": (MODEL, base | {"group": 8}),
+        "T 64": (MODEL, base | {"response": 64}),
+        "12 layers": (replace(MODEL, layers=12), base),
+        "4 updates": (MODEL, base | {"updates": 4}),
+    }
+    rows = []
+    for name, (shape, setting) in cases.items():
+        write_model(folder / "model", shape)
+        found = run(folder, 1, *flags_of(folder / "model", **setting))
+        rows.append(
+            [
+                name,
+                f"{parameters(shape) / 1e6:.1f} M",
+                f"{found['tokens']:.0f}",
+                f"{found['rollout']:.2f}",
+                f"{found['score']:.2f}",
+                f"{found['update']:.2f}",
+                f"{found['push']:.3f}",
+                f"{found['cpu_s']:.2f}",
+                f"{found['others']:.2f}",
+            ]
+        )
+        print(rows[-1], flush=True)
+    return table(titles, rows)
+
+
+def volume_table(folder):
+    """Bytes of every collective in one step of two ranks, beside communication_per_step."""
+    titles = ["`--parallel`", "micro-batches", "stage, collective", "formula", "bytes counted"]
+    write_model(folder / "model", MODEL)
+    rows = []
+    for parallel, budget in (("ddp", 16384), ("fsdp", 16384), ("fsdp", 400)):
+        flags = (*flags_of(folder / "model", 16, 4, 32, 2, budget), "--parallel", parallel)
+        counted = run(folder, 2, *flags, steps=2, mode="count")["bytes"]
+        micro_batches = counted["response_statistics"]
+        formula = communication_per_step(MODEL, parallel, 2, micro_batches, bytes_per_weight=4)
+        for name in [name for name in counted if " " in name] + ["scalars"]:
+            rows.append([parallel, micro_batches, name, formula.get(name, ""), counted[name]])
+            print(rows[-1], flush=True)
+    return table(titles, rows)
+
+
+MEASURED = """# What a step costs, measured on two CPU cores
+
+`python -m experiments.scaling measure`. P prompts, G answers each, T response tokens.
+
+## Measured: two CPU cores, gloo, one thread per rank
+
+Strong scaling: the same batch on 1 rank and on 2, in turn, {rounds} times each, the median of 3
+steps after a first; in brackets the range of the rounds. Tokens are response tokens per second.
+*Per CPU second*: tokens per CPU second of the rank that worked most, 2 ranks over 1: the speed-up
+if each rank had a core to itself and waiting took no time. *Others' cores*: what other programs
+took of the two, the larger of a round's two runs; with one core gone, two ranks cannot be faster
+than one by the clock, so only a quiet round says something about the code.
+
+{speedup}
+
+## Measured: how the seconds grow
+
+One rank, one thread, an untrained model that almost never ends an answer; one number doubled at a
+time.
+
+{growth}
+
+## Counted: bytes of the collectives in one step
+
+Two ranks, float32 on CPU (4 bytes per weight), the model of 13 M parameters, 2 updates; bytes of
+the whole tensors. Over the wire each rank sends half of that with two ranks, for an all-reduce all
+of it. FSDP2 exchanges weights and gradients in every micro-batch: larger `--micro_batch_tokens`
+save traffic. Scalars are sums of metrics and counts.
+
+{volume}
+"""
+
+
+def write_measured():
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        text = MEASURED.format(
+            rounds=ROUNDS,
+            speedup=speedup_table(folder),
+            growth=growth_table(folder),
+            volume=volume_table(folder),
+        )
+    (RESULTS / "scaling_measured.md").write_text(text)
+
+
+def main(action="paper", *arguments):
+    if action == "paper":
+        write_on_paper()
+    elif action == "measure":
+        write_measured()
+    elif action in ("time", "count"):  # this is a rank of run()
+        worker(action, list(arguments))
+    else:
+        raise SystemExit(__doc__)
+
+
 if __name__ == "__main__":
-    memory, seconds, commands = paper_tables()
-    Path("experiments/results/scaling.md").write_text(TEXT.format(
-        memory=memory, seconds=seconds, commands=commands, overhead=OVERHEAD / 1e9, **ASSUMED))
+    main(*sys.argv[1:])

@@ -1,10 +1,13 @@
-"""How the verifier judges every gold answer of real problems, spelled as a model would, and changed to mean another.
+"""How the verifier judges the gold answers of real problems, in other words and changed.
 
-    python -m experiments.verifier DAPO-Math-17k.parquet math500.parquet ...          files or hub names, as for --data
+    python -m experiments.verifier DAPO-Math-17k.parquet math500.parquet ...     files or hub names
 
-Accepted spellings should be >= 99.5 %, accepted perturbations <= 0.1 %. Third, where the answer is no number, every
-formula of the question is boxed: what is accepted costs the policy no thought. Writes experiments/results/verifier.md.
+First every gold answer is spelled as a model would spell it; at least 99.5 % of these should be
+accepted. Second it is changed to mean something else; at most 0.1 % of these should be. Third,
+where the answer is no number, every formula of the question is boxed: what is accepted costs the
+policy no thought. Writes results/verifier.md.
 """
+
 import argparse
 import re
 import time
@@ -13,20 +16,35 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import verify
+from experiments.runs import table
+from train import load_sets
+from verify import judge_math, normalise, number, split_outside_brackets, without_spaces
 
 RESULT = Path("experiments/results/verifier.md")
-TITLES = "set", "problems", "spellings", "accepted", "perturbed", "accepted", "formulas", "accepted", "ms per answer"
-UNITS = r"\text{ cm}^2", r"\,\mathrm{m/s^{2}}", r"~\mathrm{units}", r"\text{ square feet}", r"^\circ", r"^{\circ}"
-WORDS = " dollars", " apples", " miles per hour", " square units", " cm", " percent", r"\%"
+SUMMARY = (
+    "set",
+    "problems",
+    "spellings",
+    "accepted",
+    "perturbed",
+    "accepted",
+    "formulas",
+    "accepted",
+    "ms per answer",
+)
+DETAILS = ("what", "set", "kind", "gold", "answer", "verdict", "count")
 
 
-def value(gold):                         # a Fraction or None
-    return verify.number(verify.squeeze(verify.normalise(gold)))
+def value(gold):
+    """A Fraction, or None if the answer is no number."""
+    return number(without_spaces(normalise(gold)))
+
+
+# ---- the same answer in other words --------------------------------------------------------------
 
 
 def spellings(problem):
-    """Yield (kind, response): the ways in which a model writes the answer."""
+    """Yields (kind, response): the ways in which a model writes the answer."""
     gold = problem.answer
     yield "boxed", f"Therefore the answer is $\\boxed{{{gold}}}$."
     yield "boxed, spaces", f"\\[ \\boxed{{ {gold} }} \\]\nI hope it is correct."
@@ -35,113 +53,286 @@ def spellings(problem):
     yield "after Answer:, formula", f"Reasoning.\nAnswer: ${gold}$"
     yield "after Answer:, bold", f"Reasoning.\n**Answer: {gold}**"
     yield "after ####", f"Reasoning.\n#### {gold}"
-    yield from ((kind, rf"\boxed{{{answer}}}") for kind, answer in in_other_words(gold).items() if answer != gold)
+    for kind, answer in in_other_words(gold).items():
+        if answer != gold:
+            yield kind, rf"\boxed{{{answer}}}"
 
 
 def in_other_words(gold):
     """{kind: answer} of the same meaning."""
-    same = {"a full stop": f"{gold}.", "displaystyle": rf"\displaystyle {gold}"}
-    same[r"\left( \right)"] = re.sub(r"(?<!\\right)\)", r"\\right)", re.sub(r"(?<!\\left)\(", r"\\left(", gold))
-    same |= {frac: re.sub(r"\\[dt]?frac", rf"\\{frac}", gold) for frac in ("frac", "dfrac", "tfrac")}
-    if match := re.fullmatch(r"(-?)\\d?frac\{(\d+)\}\{(\d+)\}", gold):
-        same |= {"a/b": "{}{}/{}".format(*match.groups()), "10a/10b": r"{}\frac{{{}0}}{{{}0}}".format(*match.groups())}
+    return (
+        general_spellings(gold)
+        | spellings_of_fractions(gold)
+        | spellings_of_integers(gold)
+        | spellings_with_units(gold)
+        | spellings_of_decimals(gold)
+        | spellings_of_words(gold)
+        | spellings_of_lists(gold)
+    )
+
+
+def general_spellings(gold):
+    with_left = re.sub(r"(?<!\\left)\(", r"\\left(", gold)
+    same = {
+        "a full stop": f"{gold}.",
+        "displaystyle": rf"\displaystyle {gold}",
+        r"\left( \right)": re.sub(r"(?<!\\right)\)", r"\\right)", with_left),
+        "union reversed": r" \cup ".join(split_outside_brackets(gold, r"\cup")[::-1]),
+        "bmatrix": gold.replace("pmatrix", "bmatrix"),
+    }
     if not re.fullmatch(r"[\d,.e+-]+", gold):
-        same["spaces"] = re.sub(r"(?<=[^\s^_{(\\])([+=]|(?<![e^{(,])-)", r" \1 ", gold).replace(",", ", ")
-    if re.fullmatch(r"-?\d{1,3}(,\d{3})*|-?\d+", gold):
-        n = int(gold.replace(",", ""))
-        same |= {"digits": f"{n}", "decimals": f"{n}.00", "x =": f"x = {n}", "a = b = n": rf"N = {2 * n}/2 = {n}"}
-        same |= {f"thousands {comma}": f"{n:,}".replace(",", comma) for comma in (",", "{,}", r",\!", r"\,")}
-    if value(gold) is not None or re.fullmatch(r"\d*(\\sqrt\{\d+\}|\\pi)", gold):
-        units = UNITS + (WORDS if re.fullmatch(r"[\d,.]+", gold) else ())
-        same |= {f"unit {unit}": gold + unit for unit in units if not re.search(r"%|circ", gold)} | {"$": rf"\${gold}"}
-    for sign, word in (r" ?\\?%", "percent"), (r"\^\{?\\circ\}?", "degrees"):
-        if match := re.fullmatch(rf"(-?[\d.]+){sign}", gold):
-            same |= {f"{word} dropped": match[1], f"{word} in words": f"{match[1]} {word}"}
-    if re.fullmatch(r"-?\d*\.\d+", gold):
-        same |= {"trailing 0": f"{gold}0", "leading 0": re.sub(r"(?<!\d)\.", "0.", gold)}
-    if match := re.fullmatch(r"(-?[\d.]+)e(-?\d+)", gold):
-        same |= {"times": rf"{match[1]} \times 10^{{{match[2]}}}", "cdot": rf"{match[1]}\cdot 10^{{{match[2]}}}"}
-    if re.fullmatch(r"[A-Za-z]{2,}|\([A-E]\)", gold):
-        same |= {"text": rf"\text{{{gold}}}", "spaced text": rf"\text{{ {gold} }}", "bold text": rf"\textbf{{{gold}}}"}
-    inside = re.fullmatch(r"\\\{(.*)\\\}", gold)
-    if len(parts := verify.split(verify.normalise(inside[1] if inside else gold), ",")) > 1:
-        same |= {"list": ", ".join(parts), "reversed": ", ".join(parts[::-1]), "set": rf"\{{{', '.join(parts)}\}}",
-                 "list with and": rf"{', '.join(parts[:-1])} \text{{ and }} {parts[-1]}"}
-    same["union reversed"] = r" \cup ".join(verify.split(gold, r"\cup")[::-1])
-    if re.fullmatch(r"[\[(][^()\[\]]*,[^()\[\]]*[\])]", gold):
-        same["element"] = rf"x \in {gold}"
-    same["bmatrix"] = gold.replace("pmatrix", "bmatrix")
+        spaced = re.sub(r"(?<=[^\s^_{(\\])([+=]|(?<![e^{(,])-)", r" \1 ", gold)
+        same["spaces"] = spaced.replace(",", ", ")
     if r"\pm" in gold and "," not in gold:
         same["both signs"] = gold.replace(r"\pm", "+") + ", " + gold.replace(r"\pm", "-")
     return same
 
 
+def spellings_of_fractions(gold):
+    same = {}
+    for command in ("frac", "dfrac", "tfrac"):
+        same[command] = re.sub(r"\\[dt]?frac", rf"\\{command}", gold)
+    match = re.fullmatch(r"(-?)\\d?frac\{(\d+)\}\{(\d+)\}", gold)
+    if match:
+        sign, above, below = match.groups()
+        same["a/b"] = f"{sign}{above}/{below}"
+        same["10a/10b"] = rf"{sign}\frac{{{above}0}}{{{below}0}}"
+    return same
+
+
+def spellings_of_integers(gold):
+    if not re.fullmatch(r"-?\d{1,3}(,\d{3})*|-?\d+", gold):
+        return {}
+    n = int(gold.replace(",", ""))
+    same = {
+        "digits": f"{n}",
+        "decimals": f"{n}.00",
+        "x =": f"x = {n}",
+        "a = b = n": rf"N = {2 * n}/2 = {n}",
+    }
+    for comma in (",", "{,}", r",\!", r"\,"):
+        same[f"thousands {comma}"] = f"{n:,}".replace(",", comma)
+    return same
+
+
+UNITS = (
+    r"\text{ cm}^2",
+    r"\,\mathrm{m/s^{2}}",
+    r"~\mathrm{units}",
+    r"\text{ square feet}",
+    r"^\circ",
+    r"^{\circ}",
+)
+UNITS_IN_WORDS = (
+    " dollars",
+    " apples",
+    " miles per hour",
+    " square units",
+    " cm",
+    " percent",
+    r"\%",
+)
+
+
+def spellings_with_units(gold):
+    """A number with a unit; per cent and degrees without their sign, or in words."""
+    same = {}
+    if value(gold) is not None or re.fullmatch(r"\d*(\\sqrt\{\d+\}|\\pi)", gold):
+        is_decimal = re.fullmatch(r"[\d,.]+", gold)
+        units = UNITS + UNITS_IN_WORDS if is_decimal else UNITS
+        if not re.search(r"%|circ", gold):
+            for unit in units:
+                same[f"unit {unit}"] = gold + unit
+        same["$"] = rf"\${gold}"
+    for sign, word in ((r" ?\\?%", "percent"), (r"\^\{?\\circ\}?", "degrees")):
+        match = re.fullmatch(rf"(-?[\d.]+){sign}", gold)
+        if match:
+            same[f"{word} dropped"] = match[1]
+            same[f"{word} in words"] = f"{match[1]} {word}"
+    return same
+
+
+def spellings_of_decimals(gold):
+    same = {}
+    if re.fullmatch(r"-?\d*\.\d+", gold):
+        same["trailing 0"] = f"{gold}0"
+        same["leading 0"] = re.sub(r"(?<!\d)\.", "0.", gold)
+    match = re.fullmatch(r"(-?[\d.]+)e(-?\d+)", gold)
+    if match:
+        same["times"] = rf"{match[1]} \times 10^{{{match[2]}}}"
+        same["cdot"] = rf"{match[1]}\cdot 10^{{{match[2]}}}"
+    return same
+
+
+def spellings_of_words(gold):
+    if not re.fullmatch(r"[A-Za-z]{2,}|\([A-E]\)", gold):
+        return {}
+    return {
+        "text": rf"\text{{{gold}}}",
+        "spaced text": rf"\text{{ {gold} }}",
+        "bold text": rf"\textbf{{{gold}}}",
+    }
+
+
+def spellings_of_lists(gold):
+    """Lists and sets in any order; intervals."""
+    same = {}
+    braces = re.fullmatch(r"\\\{(.*)\\\}", gold)
+    inside = braces[1] if braces else gold
+    parts = split_outside_brackets(normalise(inside), ",")
+    if len(parts) > 1:
+        same["list"] = ", ".join(parts)
+        same["reversed"] = ", ".join(parts[::-1])
+        same["set"] = rf"\{{{', '.join(parts)}\}}"
+        same["list with and"] = rf"{', '.join(parts[:-1])} \text{{ and }} {parts[-1]}"
+    if re.fullmatch(r"[\[(][^()\[\]]*,[^()\[\]]*[\])]", gold):
+        same["element"] = rf"x \in {gold}"
+    return same
+
+
+# ---- another answer ------------------------------------------------------------------------------
+
+
 def perturbations(problem):
-    """Yield (kind, answer) that means something else: not -0 for 0."""
+    """Yields (kind, answer) that means something else: not -0 for 0."""
     gold = problem.answer
-    for match in re.finditer(r"\d+", gold):
-        for new in sorted({str(int(match[0]) + 1), str(int(match[0]) + 10 ** (len(match[0]) - 1)), "7" + match[0]}):
-            yield "number changed", gold[:match.start()] + new + gold[match.end():]
-    for match in re.finditer(r"(?<![e^{\d])-|(?<=[\d}nkxab])[+-]", gold):
-        yield "sign flipped", gold[:match.start()] + {"-": "+", "+": "-"}[match[0]] + gold[match.end():]
-    if re.match(r"-[^-]*$|[\d.\\](?!in|text|pm|quad|\{)", gold) and "," not in gold and value(gold) != 0:
-        yield "sign flipped", gold[1:] if gold[0] == "-" else f"-{gold}"
-    if len(parts := verify.split(gold, ",")) > 1 and not re.fullmatch(r"\d{1,3}(,\d{3})+", gold):
-        yield "element dropped", ",".join(parts[:-1])
-        yield "element added", f"{gold},123"
-        yield "element changed", ",".join([f"{parts[0]}+1", *parts[1:]])
+    yield from changed_numbers(gold)
+    yield from flipped_signs(gold)
+    yield from changed_lists(gold)
     for match in re.finditer(r"(\\\{|[\[(])((?:[^()\[\]{}]|\{[^{}]*\})*)(\\\}|[\])])", gold):
-        left, right, inner = gold[:match.start()] + match[1], match[3] + gold[match.end():], verify.split(match[2], ",")
-        if len(inner) > 1:               # a set, tuple or interval
-            yield "element changed", f"{left}{','.join([*inner[:-1], inner[-1] + '+1'])}{right}"
-            yield "element dropped", f"{left}{','.join(inner[:-1])}{right}"
-            yield "element added", f"{left}{match[2]},123{right}"
-        if len(inner) > 1 and match[1] in "([":
-            yield "bracket changed", left[:-1] + {"(": "[", "[": "("}[match[1]] + match[2] + right
-            yield "bracket changed", left + match[2] + {")": "]", "]": ")"}[match[3]] + right[1:]
-            yield "another order", f"{left}{','.join(inner[::-1])}{right}"
-    yield "element dropped", verify.split(gold, r"\cup")[0]
+        yield from changed_brackets(gold, match)
+    yield "element dropped", split_outside_brackets(gold, r"\cup")[0]
     yield "several", f"{gold}, 1, 2, 3"
     yield "several", rf"1 \text{{ or }} {gold}"
 
 
-def table(titles, rows):
-    """The lines of a Markdown table."""
-    rows = [[str(cell).replace("|", r"\|").replace("\n", " ") for cell in row] for row in rows]
-    return ["| " + " | ".join(row) + " |" for row in (titles, ["---"] * len(titles), *rows)]
+def changed_numbers(gold):
+    for match in re.finditer(r"\d+", gold):
+        digits = match[0]
+        one_more = str(int(digits) + 1)
+        first_digit_more = str(int(digits) + 10 ** (len(digits) - 1))
+        for new in sorted({one_more, first_digit_more, "7" + digits}):
+            yield "number changed", gold[: match.start()] + new + gold[match.end() :]
+
+
+def flipped_signs(gold):
+    for match in re.finditer(r"(?<![e^{\d])-|(?<=[\d}nkxab])[+-]", gold):
+        other = "-" if match[0] == "+" else "+"
+        yield "sign flipped", gold[: match.start()] + other + gold[match.end() :]
+    has_one_sign = re.match(r"-[^-]*$|[\d.\\](?!in|text|pm|quad|\{)", gold)
+    if has_one_sign and "," not in gold and value(gold) != 0:
+        yield "sign flipped", gold[1:] if gold[0] == "-" else f"-{gold}"
+
+
+def changed_lists(gold):
+    parts = split_outside_brackets(gold, ",")
+    has_thousands = re.fullmatch(r"\d{1,3}(,\d{3})+", gold)
+    if len(parts) > 1 and not has_thousands:
+        yield "element dropped", ",".join(parts[:-1])
+        yield "element added", f"{gold},123"
+        yield "element changed", ",".join([f"{parts[0]}+1", *parts[1:]])
+
+
+OTHER_BRACKET = {"(": "[", "[": "(", ")": "]", "]": ")"}
+
+
+def changed_brackets(gold, match):
+    """Of a set, tuple or interval: match has the bracket, what is inside, and the other bracket."""
+    opening, content, closing = match.groups()
+    before = gold[: match.start()]
+    after = gold[match.end() :]
+    elements = split_outside_brackets(content, ",")
+    if len(elements) < 2:
+        return
+    left = before + opening
+    right = closing + after
+    changed = ",".join([*elements[:-1], elements[-1] + "+1"])
+    yield "element changed", f"{left}{changed}{right}"
+    yield "element dropped", f"{left}{','.join(elements[:-1])}{right}"
+    yield "element added", f"{left}{content},123{right}"
+    if opening in "([":
+        yield "bracket changed", before + OTHER_BRACKET[opening] + content + right
+        yield "bracket changed", left + content + OTHER_BRACKET[closing] + after
+        yield "another order", f"{left}{','.join(elements[::-1])}{right}"
+
+
+# ---- formulas of the question --------------------------------------------------------------------
 
 
 def formulas(problem):
-    """Yield (kind, answer): the formulas of the question, not spelled as the gold answer, where that is no number."""
-    text = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"]
-    for found in re.findall(r"\$+([^$]+)\$+|\\\[(.+?)\\\]|\\\((.+?)\\\)", text, re.S):
-        for formula in sorted({side.strip(" .,\n") for side in ("".join(found), *"".join(found).split("="))} - {""}):
-            if value(problem.answer) is None and formula.count("{") == formula.count("}") and \
-                    verify.squeeze(verify.normalise(formula)) != verify.squeeze(verify.normalise(problem.answer)):
+    """Yields (kind, answer): formulas not spelled as the gold answer, where that is no number."""
+    gold = problem.answer
+    if value(gold) is not None:
+        return
+    text = problem.prompt
+    if not isinstance(text, str):
+        text = text[-1]["content"]
+    for groups in re.findall(r"\$+([^$]+)\$+|\\\[(.+?)\\\]|\\\((.+?)\\\)", text, re.S):
+        found = "".join(groups)
+        sides = {side.strip(" .,\n") for side in (found, *found.split("="))}
+        for formula in sorted(sides - {""}):
+            is_whole = formula.count("{") == formula.count("}")
+            if is_whole and plain(formula) != plain(gold):
                 yield "formula", formula
+
+
+def plain(answer):
+    return without_spaces(normalise(answer))
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+
+def judge(name, problems):
+    """(row of SUMMARY, counts {row of DETAILS without its count: count}) of a set."""
+    row = [name, f"{len(problems):,}"]
+    unexpected = Counter()
+    judged = 0
+    start = time.perf_counter()
+    trials = {"spelling": spellings, "perturbed": perturbations, "formula": formulas}
+    for what, variants in trials.items():
+        cases = []
+        for problem in problems:
+            for kind, text in variants(problem):
+                if text != problem.answer:
+                    cases.append((problem.answer, kind, text))
+        right = 0
+        for gold, kind, text in tqdm(cases, f"{name}, {what}"):
+            response = text if what == "spelling" else rf"\boxed{{{text}}}"
+            verdict = judge_math(response, gold)
+            is_right = verdict == "right"
+            right += is_right
+            if is_right != (what == "spelling"):
+                unexpected[what, name, kind, gold, text, verdict] += 1
+        judged += len(cases)
+        row.append(f"{len(cases):,}")
+        row.append(right if what == "formula" else f"{right / len(cases):.3%}")
+    milliseconds = 1000 * (time.perf_counter() - start) / judged
+    row.append(f"{milliseconds:.2f}")
+    return row, unexpected
+
+
+def escaped(cell):
+    """For a cell of a Markdown table."""
+    return str(cell).replace("|", r"\|").replace("\n", " ")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", nargs="+", help="files or hub names, as for --data")
     names = parser.parse_args().data
-    rows, listed, columns = [], Counter(), ("what", "set", "kind", "gold", "answer", "verdict", "count")
-    for name, problems in verify.load_sets(names, "test").items():
-        row, judged, start = [name, f"{len(problems):,}"], 0, time.perf_counter()
-        for what, variants in ("spelling", spellings), ("perturbed", perturbations), ("formula", formulas):
-            right, cases = 0, [(p.answer, *case) for p in problems for case in variants(p) if case[1] != p.answer]
-            for gold, kind, text in tqdm(cases, f"{name}, {what}"):
-                verdict = verify.judge_math(text if what == "spelling" else rf"\boxed{{{text}}}", gold)
-                right += verdict == "right"
-                if (verdict == "right") != (what == "spelling"):
-                    listed[what, name, kind, gold, text, verdict] += 1
-            judged += len(cases)
-            row += [f"{len(cases):,}", right if what == "formula" else f"{right / len(cases):.3%}"]
-        rows.append([*row, f"{1000 * (time.perf_counter() - start) / judged:.2f}"])
-    listed = [[f"`{cell}`" for cell in case] + [count] for case, count in listed.items()]
-    command = " ".join(["`python -m experiments.verifier", *(Path(name).name for name in names)])
-    text = "\n".join([command + "`", "", *table(TITLES, rows), "", "Spellings not accepted, and what else was:", "",
-                      *table(columns, listed), ""])
+    summary = []
+    details = []
+    for name, problems in load_sets(names, "test").items():
+        row, unexpected = judge(name, problems)
+        summary.append([escaped(cell) for cell in row])
+        for case, count in unexpected.items():
+            details.append([escaped(f"`{cell}`") for cell in case] + [count])
+    files = " ".join(Path(name).name for name in names)
+    text = (
+        f"`python -m experiments.verifier {files}`\n\n{table(SUMMARY, summary)}\n\n"
+        f"Spellings not accepted, and what else was:\n\n{table(DETAILS, details)}\n"
+    )
     RESULT.write_text(text)
     print(text)
 
