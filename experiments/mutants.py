@@ -2275,7 +2275,7 @@ MUTANTS = [
         "verify.py",
         "        if len(found) != len(expected):\n            return False",
         "        if len(found) < len(expected):\n            return False",
-        "experiments/test_rollouts.py -k answers_of_mathematics",
+        "experiments/test_rollouts.py -k another_number_of_members",
     ),
     (
         "verify.py",

@@ -1058,6 +1058,17 @@ def test_answers_of_mathematics_that_are_the_same(gold, right, wrong):
         assert judge_math(rf"\boxed{{{answer}}}", gold) == "wrong", answer
 
 
+def test_another_number_of_members_is_wrong_whatever_sympy_says():
+    """Sympy is not asked about them: here it would say yes to everything."""
+
+    def yes(answer, gold):
+        return True
+
+    for answer, gold in (("k, k+1", "k+1"), ("k+1", "k, k+1"), ("k, k+1, k+2", "k, k+1")):
+        assert verify.same_answer(answer, gold, yes) is False, (answer, gold)
+    assert verify.same_answer("k+2", "k+1", yes) is True
+
+
 @pytest.mark.slow
 def test_a_worker_ends_itself_when_it_computes_for_too_long_and_not_while_it_waits():
     """As the parent would start it, but with an alarm of one second."""
@@ -1147,6 +1158,7 @@ def test_the_base_is_trained_as_its_recipe_says(monkeypatch):
     recipe = dict(steps=6, batch=4, lr=2e-3, warmup=3, weight_decay=0.5, seed=7)
     monkeypatch.setattr(tiny, "TRAINING", recipe)
     seen = []
+    zeroed_after = []  # so many steps
 
     class Watched(torch.optim.AdamW):
         def step(self):
@@ -1154,6 +1166,10 @@ def test_the_base_is_trained_as_its_recipe_says(monkeypatch):
             squares = sum(float(p.grad.square().sum()) for p in group["params"])
             seen.append((group["lr"], group["betas"], group["weight_decay"], math.sqrt(squares)))
             super().step()
+
+        def zero_grad(self):
+            zeroed_after.append(len(seen))
+            super().zero_grad()
 
     monkeypatch.setattr(torch.optim, "AdamW", Watched)
     batches = []
@@ -1171,6 +1187,7 @@ def test_the_base_is_trained_as_its_recipe_says(monkeypatch):
     assert torch.equal(torch.get_rng_state(), before)
     rates = [2e-3 * min((i + 1) / 3, 0.5 + 0.5 * math.cos(math.pi * i / 6)) for i in range(6)]
     assert [rate for rate, *_ in seen] == pytest.approx(rates)
+    assert zeroed_after == [1, 2, 3, 4, 5, 6]
     assert {step[1:3] for step in seen} == {((0.9, 0.98), 0.5)}
     assert max(norm for *_, norm in seen) == pytest.approx(1.0, rel=1e-4)
     own = [ids.tolist() for ids, _ in islice(supervised(random.Random(7), 4), 6)]
