@@ -1,7 +1,7 @@
 """Every test here turns red when the behaviour that it names is taken away.
 
     pytest -q                                    all tests, those of experiments/ too
-    pytest -q test_all.py -m "not slow"          the mathematics and short runs, in under a minute
+    pytest -q test_all.py -m "not slow"          the mathematics and short runs, in half a minute
 
 Order: losses, task and verifier, entropy, sampling, diagnosis, whole runs, README, exercises.
 """

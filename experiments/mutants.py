@@ -756,18 +756,6 @@ MUTANTS = [
     ),
     (
         "train.py",
-        "for knobs in (loss_knobs, rule_knobs, mask_knobs):",
-        "for knobs in (loss_knobs, rule_knobs):",
-        "experiments/test_metrics.py -k 'test_what_the_methods_report'",
-    ),
-    (
-        "train.py",
-        "for knobs in (loss_knobs, rule_knobs, mask_knobs):",
-        "for knobs in (loss_knobs, mask_knobs):",
-        "experiments/test_metrics.py -k 'test_a_controllers_trajectory'",
-    ),
-    (
-        "train.py",
         "{name: value for name, value in loss_knobs.items() if name not in set_by_controller}",
         "dict(loss_knobs)",
         "experiments/test_metrics.py -k 'test_knobs_are_read_by'",
