@@ -37,6 +37,7 @@ from rollout import prepare_environment
 
 prepare_environment()
 
+import matplotlib.figure
 import numpy as np
 import pytest
 import torch
@@ -4420,7 +4421,6 @@ def rows_of_toy_runs(toy, folder):
     """Rows of runs that, together, log every metric: of methods with metrics of their own, of two
     test sets, and of a model that learns until some prompts are easy."""
 
-
     rows = []
     for method in ("clip_cov", "steer", "kl_loss", "siren"):
         rows += toy_run(toy, folder, method, "--method", method)
@@ -4511,6 +4511,18 @@ def toy_run(toy, out, name, *more):
     """train.main in this process; returns the rows of its metrics."""
     train.main(toy_args(toy, out, name, *more))
     return read_metrics(Path(out) / name)
+
+
+def recorded(folder, step=1, rank=0):
+    """The answers that a rank wrote with --record_step."""
+    lines = (folder / f"step-{step}-rank-{rank}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """To draw the curves takes longer than the rest of such a run."""
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda *_, **__: None)
 
 
 def without_times(rows):

@@ -18,7 +18,6 @@ from collections import Counter
 from pathlib import Path
 from statistics import fmean, stdev
 
-import matplotlib.figure
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -34,7 +33,9 @@ from policy import Policy
 from record import RunLog
 from rollout import TorchEngine
 from test_all import (  # noqa: F401
+    no_figures,
     no_process_group_left,
+    recorded,
     toy,
     toy_args,
     toy_run,
@@ -135,12 +136,6 @@ def flag_run(toy, out, name, *more):
     return toy_run(toy, out, name, PLAIN, *more)
 
 
-def recorded(folder, step=1):
-    """The answers that rank 0 wrote with --record_step."""
-    lines = (folder / f"step-{step}-rank-0.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
 def state_of(folder, step):
     return torch.load(folder / f"checkpoint-{step}" / "trainer_state.pt", weights_only=True)
 
@@ -154,12 +149,6 @@ def optimizer_steps(folder, step):
 def saved(folder):
     names = [path.name for path in folder.glob("checkpoint-*")]
     return sorted(int(name.removeprefix("checkpoint-")) for name in names)
-
-
-@pytest.fixture
-def no_figures(monkeypatch):
-    """To draw the curves takes longer than the rest of such a run."""
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda *_, **__: None)
 
 
 @pytest.fixture(scope="session")

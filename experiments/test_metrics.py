@@ -28,6 +28,7 @@ from entropy import change_estimates
 from test_all import (  # noqa: F401
     HERE,
     no_process_group_left,
+    recorded,
     toy,
     toy_args,
     toy_run,
@@ -76,10 +77,6 @@ def small_run(toy, out, name, model, *more):
         "--micro_batch_tokens 200 --eval_data none --save_every 1 --keep_checkpoints 9 --seed 5",
         *more,
     )
-
-
-def recorded(folder, step, rank=0):
-    return [json.loads(line) for line in (folder / f"step-{step}-rank-{rank}.jsonl").open()]
 
 
 def load(folder):

@@ -22,7 +22,6 @@ from itertools import combinations, islice
 from pathlib import Path
 from statistics import fmean
 
-import matplotlib.figure
 import numpy as np
 import pytest
 import torch
@@ -47,7 +46,9 @@ from test_all import (  # noqa: F401
     HERE,
     environment,
     launcher,
+    no_figures,
     no_process_group_left,
+    recorded,
     toy,
     toy_args,
     toy_run,
@@ -57,16 +58,6 @@ from verify import RULES, judge_countdown, judge_math, score
 PAD = 0
 EOS = 1
 CHARACTERS = dict(enumerate("0123456789+-*()=: ", start=2))
-
-
-def do_nothing(*args, **options):
-    pass
-
-
-@pytest.fixture
-def no_figures(monkeypatch):
-    """To draw the curves takes longer than the rest of such a run."""
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", do_nothing)
 
 
 @pytest.fixture(scope="session")
@@ -347,10 +338,6 @@ def replay_args(folder, base, *more):
 
 def load(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def recorded(folder, step, rank):
-    return [json.loads(line) for line in (folder / f"step-{step}-rank-{rank}.jsonl").open()]
 
 
 def check_replay(folder, base, problems, ranks=1):

@@ -18,7 +18,14 @@ from transformers import AutoModelForCausalLM
 
 import rollout
 from diagnose import read_metrics
-from test_all import no_process_group_left, toy, toy_args, toy_run, torchrun  # noqa: F401
+from test_all import (  # noqa: F401
+    no_process_group_left,
+    recorded,
+    toy,
+    toy_args,
+    toy_run,
+    torchrun,
+)
 
 TEMPERATURE = 0.8
 LEARNING_RATE = 4e-3
@@ -413,12 +420,6 @@ def load(path):
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
 
 
-def read_answers(folder, ranks):
-    """The recorded answers of step 3, a list per rank."""
-    files = [folder / f"step-3-rank-{rank}.jsonl" for rank in range(ranks)]
-    return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
-
-
 @torch.no_grad()
 def facts_before(answers, model, base):
     """A list of tokens for each answer: what model and base said of them before the updates."""
@@ -490,7 +491,7 @@ def check_step(
     state = torch.load(folder / "checkpoint-2" / "trainer_state.pt", weights_only=True)
     parameters = dict(model.named_parameters())
     averages = averages_of(state, parameters, 2 * updates)
-    answers = read_answers(folder, ranks)
+    answers = [recorded(folder, 3, rank) for rank in range(ranks)]
     draws = [torch.Generator().manual_seed(hash((seed, 3, r)) % 2**63) for r in range(ranks)]
     batches = [facts_before(of_rank, model, base) for of_rank in answers]
     kept = tokens_to_keep(method, batches, k)
