@@ -34,12 +34,64 @@ Logits (B, T, V) in float32 are what runs out of memory first: 8 x 1,024 tokens 
 are 5 GB, several times over in backward. So they exist for `chunk_tokens` tokens at a time only.
 """
 
+import functools
 import math
 
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from losses import token_covariance
+
+# ---- logits in float32 ---------------------------------------------------------------------------
+# A bfloat16 number has 8 bits: a logit of 20 is rounded by up to 0.06. A few updates change the
+# log-prob of a token by less, so from rounded logits KL-Cov's sign(log r), GSPO's clip of 3e-4 and
+# every clip fraction would be read off rounding errors. Weights and hidden states may stay in
+# bfloat16, if the head's product is accumulated and returned in float32. The sampling engine has to
+# do the same: float32 on one side alone makes the mismatch between the two larger.
+
+
+class Float32Product(torch.autograd.Function):
+    """hidden (n, D) @ weight (V, D).T in float32 (n, V), of bfloat16 factors. Gradients come in the
+    factors' dtype, as those of an ordinary product do."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight):
+        ctx.save_for_backward(hidden, weight)
+        if hidden.is_cuda:  # no float32 copy of the weight
+            return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+        return hidden.float() @ weight.float().t()
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight = ctx.saved_tensors
+        grad = grad.to(weight.dtype)
+        return grad @ weight, grad.t() @ hidden
+
+
+def float32_logits(head, hidden):
+    """The logits (..., V) float32 of hidden states (..., D) by a head, an nn.Linear.
+
+    Under autocast it rounds both factors to its dtype, as any product there does, but not the
+    logits."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    else:
+        dtype = head.weight.dtype
+    if dtype == torch.float32:
+        return F.linear(hidden, head.weight, head.bias)
+    with torch.autocast(device, enabled=False):
+        rows = hidden.to(dtype).flatten(0, -2)
+        logits = Float32Product.apply(rows, head.weight.to(dtype)).unflatten(0, hidden.shape[:-1])
+        return logits if head.bias is None else logits + head.bias.float()
+
+
+def use_float32_logits(model):
+    """Makes the head of a Hugging Face model compute float32_logits, whoever calls it."""
+    head = model.get_output_embeddings()
+    head.forward = functools.partial(float32_logits, head)
+
 
 # ---- statistics of a token, from hidden states ---------------------------------------------------
 # Each is a function of log_p (n, V) float32, the log-probabilities of the whole vocabulary, and
@@ -104,8 +156,8 @@ STATISTICS = {
 def token_statistics(hidden, head, tokens, temperature, wanted, chunk_tokens=512):
     """The wanted STATISTICS of N tokens, without ever holding (N, V).
 
-    hidden (N, D): the state that predicts each token; head: a function D -> V; tokens (N,): ids.
-    Returns {name: (N,) float32}.
+    hidden (N, D): the state that predicts each token; head: a function (n, D) -> (n, V), with
+    float32_logits; tokens (N,): ids. Returns {name: (N,) float32}.
 
     The temperature divides the logits, once, before the softmax: dividing log-probs by it gives
     another distribution. With gradient, each chunk's logits are computed again in backward

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from entropy import token_statistics
+from entropy import token_statistics, use_float32_logits
 
 # ---- the model -----------------------------------------------------------------------------------
 
@@ -41,6 +41,7 @@ class Policy(nn.Module):
                     f"{model.config.model_type} changes its logits after the head ({name}), which "
                     "Policy.forward does not do: add it to token_statistics or choose another model"
                 )
+        use_float32_logits(model)
 
     def forward(self, ids, prompt_lens, response_mask, wanted=("log_probs",)):
         """The wanted entropy.STATISTICS of the response tokens, {name: (B, T) float32}, 0 on

@@ -44,7 +44,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.initialization import no_init_weights
 
 import verify
-from entropy import sums_by_name
+from entropy import sums_by_name, use_float32_logits
 from losses import group_advantages
 from policy import max_over_ranks, sum_over_ranks
 
@@ -111,6 +111,7 @@ class TorchEngine:
             config = AutoConfig.from_pretrained(model_dir, **trust)
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, **trust)
         self.model.eval()
+        use_float32_logits(self.model)
         self.model.tie_weights()  # no_init_weights skips it, and a large head would be held twice
         self.device = device
         self.max_model_len = max_model_len
@@ -317,6 +318,7 @@ class VllmEngine:
                 distributed_executor_backend="external_launcher",
                 tensor_parallel_size=tensor_parallel_size,
                 logprobs_mode="processed_logprobs",  # log_softmax(logits / T), of what was sampled
+                hf_overrides={"head_dtype": "float32"},  # see entropy.float32_logits
                 trust_remote_code=trust_remote_code,
                 disable_log_stats=True,
                 **options,

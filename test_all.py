@@ -3334,6 +3334,93 @@ def test_token_statistics_equal_the_naive_ones_and_never_hold_all_logits():
     assert max(seen) == 10 and len(seen) == 8  # 4 chunks, computed again in backward
 
 
+def two_likely_tokens(count=300, vocab=8000, width=256):
+    """bfloat16 hidden states whose most likely tokens are two of logits around 20, a head, and the
+    first of the two."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(vocab, width, generator=g) / width**0.5
+    first, second = torch.randint(vocab, (2, count), generator=g)
+    hidden = torch.randn(count, width, generator=g) + 19 * (weight[first] + weight[second])
+    head = torch.nn.Linear(width, vocab, bias=False, dtype=torch.bfloat16)
+    head.weight.data.copy_(weight)
+    return hidden.bfloat16(), head, first
+
+
+def log_probs_of(logits, tokens):
+    return torch.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0]
+
+
+@torch.no_grad()
+def test_float32_logits_keep_what_a_small_step_changes():
+    """bfloat16 logits are wrong by 0.02 nats, and so a third of the log-ratios of a small step have
+    the wrong sign: KL-Cov, GSPO and clip fractions would act on these."""
+    hidden, head, tokens = two_likely_tokens()
+    moved = torch.nn.Linear(256, 8000, bias=False, dtype=torch.bfloat16)
+    noise = torch.randn(8000, 256, generator=torch.Generator().manual_seed(1))
+    moved.weight.data.copy_(head.weight.float() + 1e-3 * noise)
+
+    def exact(head, hidden):
+        return hidden.double() @ head.weight.double().T
+
+    def rounded(head, hidden):
+        return head(hidden).float()
+
+    found = {}
+    for product in (exact, rounded, entropy.float32_logits):
+        before = log_probs_of(product(head, hidden), tokens)
+        after = log_probs_of(product(moved, hidden), tokens)
+        found[product] = before, after - before
+    true_log_probs, true_ratio = found[exact]
+    assert 0.01 < true_ratio.std() < 0.05
+    error = {}
+    wrong_sign = {}
+    for product in (rounded, entropy.float32_logits):
+        log_probs, ratio = found[product]
+        error[product] = (log_probs - true_log_probs).abs().mean()
+        wrong_sign[product] = (ratio.sign() != true_ratio.sign()).float().mean()
+    assert 0.01 < error[rounded] < 0.04 and error[entropy.float32_logits] < 1e-4
+    assert wrong_sign[rounded] > 0.25 and wrong_sign[entropy.float32_logits] < 0.01
+
+
+def test_the_gradient_of_float32_logits():
+    """It is that of the product, rounded to bfloat16 once; with a bias and more dimensions, too."""
+    hidden, head, _ = two_likely_tokens(count=6, vocab=50, width=16)
+    head.bias = torch.nn.Parameter(torch.linspace(-1, 1, 50).bfloat16())
+    hidden = hidden.view(2, 3, 16).requires_grad_()
+    slope = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(1))
+    logits = entropy.float32_logits(head, hidden)
+    assert logits.dtype == torch.float32 and logits.shape == (2, 3, 50)
+    (logits * slope).sum().backward()
+    exact_hidden = hidden.detach().double().requires_grad_()
+    weight = head.weight.detach().double().requires_grad_()
+    bias = head.bias.detach().double().requires_grad_()
+    exact = exact_hidden @ weight.T + bias
+    assert torch.allclose(logits.double(), exact, atol=1e-5)
+    (exact * slope).sum().backward()
+    pairs = ((hidden, exact_hidden), (head.weight, weight), (head.bias, bias))
+    for ours, expected in pairs:
+        assert ours.grad.dtype == torch.bfloat16
+        error = (ours.grad.double() - expected.grad).abs().max()
+        assert error < 0.02 * expected.grad.abs().max()
+
+
+def test_float32_logits_under_autocast_and_in_float32():
+    """Under DDP's autocast the float32 weights are rounded as FSDP2 rounds them, and the logits are
+    not; in float32 nothing changes."""
+    hidden, head, _ = two_likely_tokens(count=6)
+    master = torch.nn.Linear(256, 8000, dtype=torch.float32)
+    master.weight.data.copy_(head.weight)
+    head.bias = torch.nn.Parameter(master.bias.detach().bfloat16())
+    master.bias.data.copy_(head.bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = entropy.float32_logits(master, hidden.float())
+    assert torch.equal(under_autocast, entropy.float32_logits(head, hidden))
+    under_autocast.sum().backward()
+    assert master.weight.grad.dtype == torch.float32 and master.weight.grad.any()
+    exact = master(hidden.float())
+    assert torch.equal(entropy.float32_logits(master, hidden.float()), exact)
+
+
 def test_entropy_of_known_distributions():
     def entropy_of(logits, temperature=1.0):
         head = torch.nn.Identity()
