@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from entropy import token_statistics, use_float32_logits
@@ -73,25 +73,34 @@ def build_policy(path, cfg, device, dtype):
     """The policy, or a reference, with float32 master weights that compute in `dtype`.
 
     cfg.parallel "fsdp" shards it by decoder layer (FSDP2); "ddp" leaves it whole, and train.py
-    wraps it. ValueError if the folder's weights are broken or of another model."""
+    wraps it. With --steps 0 it stays in the file, from which the engine copies its weights.
+    ValueError if the folder's weights are broken or of another model."""
     model = load_model(path, cfg.trust_remote_code)
     policy = Policy(model, cfg.temperature, dtype if cfg.parallel == "ddp" else torch.float32)
     policy.eval()  # no dropout: the ratio would start away from 1
+    if not cfg.steps:
+        return policy
     layers = decoder_layers(model)
     if cfg.activation_checkpointing:
         checkpoint_activations(model, layers)
     if cfg.parallel == "ddp":
-        return policy.to(device)
-    return shard(policy, layers, device, dtype)
+        policy.to(device)
+    else:
+        shard(policy, layers, device, dtype)
+    return policy.float()  # only now: a float32 copy on the host would be one per rank
 
 
 def load_model(path, trust_remote_code):
-    """The model in host memory, float32, one copy per rank."""
+    """The model in the dtype of its checkpoint's first weight: so the file is mapped, not read, and
+    all ranks of a node share one copy of it in the page cache."""
     transformers_logging.disable_progress_bar()
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    config.dtype = None  # what config.json says may be less exact than what the file holds
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=torch.float32,
+            config=config,
+            dtype="auto",
             trust_remote_code=trust_remote_code,
             ignore_mismatched_sizes=True,  # they are refused below, in one line
             output_loading_info=True,
@@ -131,7 +140,6 @@ def shard(policy, layers, device, dtype):
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in [*layers, policy]:
         fully_shard(module, mesh=mesh, mp_policy=precision)
-    return policy
 
 
 def full_tensors(model):

@@ -4714,6 +4714,29 @@ def test_resume_is_bit_for_bit(method, toy, tmp_path, monkeypatch):
         assert torch.equal(tensor, expected[name]), name
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_read_in_the_dtype_of_their_file(parallel, dtype, tmp_path):
+    """So that ranks share the mapped file; the master weights are the file's, in float32, whatever
+    config.json says of the dtype."""
+    model = rollout_model().to(dtype)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["dtype"] = "float32" if dtype == torch.bfloat16 else "bfloat16"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    cfg = train.parse(["--parallel", parallel, "--out", str(tmp_path)])
+    cpu = torch.device("cpu")
+    dist.init_process_group("gloo")
+    loaded = policy.build_policy(tmp_path, cfg, cpu, torch.float32)
+    found = dict(policy.full_tensors(loaded.model))
+    cfg.steps = 0
+    mapped = policy.build_policy(tmp_path, cfg, cpu, torch.float32)
+    dist.destroy_process_group()
+    for name, tensor in model.state_dict().items():
+        assert found[name].dtype == torch.float32 and torch.equal(found[name], tensor.float())
+    assert {parameter.dtype for parameter in mapped.parameters()} == {dtype}
+
+
 @pytest.mark.slow
 def test_a_finished_run_goes_on_as_the_longer_run(toy, tmp_path):
     args = "--eval_every 1 --save_every 1"

@@ -729,16 +729,14 @@ def main(argv=None):
 
     # The weights, the optimizer and `state` are all that --resume needs.
     start = checkpoints(folder)[-1] if cfg.resume else None
-    # An evaluation only copies the weights to the engine.
-    policy_device = device if cfg.steps else torch.device("cpu")
     with clear_errors():
         state = load_checkpoint(start) if start else first_state()
-        policy = build_policy(start or base, cfg, policy_device, dtype)
+        policy = build_policy(start or base, cfg, device, dtype)
     optimizer = make_optimizer(policy, cfg)
     if start:
         load_optimizer(policy, optimizer, state.pop("optimizer"))
     ddp_policy = wrap_ddp(policy, cfg)
-    reference = build_policy(base, cfg, device, dtype) if ref_names else None
+    reference = build_policy(base, cfg, device, dtype) if ref_names and cfg.steps else None
     engine = start_engine(base, policy, tokenizer, cfg, device, dtype)
 
     run_log = RunLog(folder, cfg, state["step"], rank, first_prompt(tokenizer, prompts, eval_sets))

@@ -90,6 +90,7 @@ def test_memory_formula_equals_the_bytes_held(tmp_path):
     dist.init_process_group("gloo")
     cfg = types.SimpleNamespace(
         temperature=1.0,
+        steps=1,
         parallel="fsdp",
         activation_checkpointing=False,
         trust_remote_code=False,
