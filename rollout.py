@@ -162,8 +162,8 @@ class TorchEngine:
         answers_to = [None] * len(prompts)
         # Prompts of like length together: less padding in a batch.
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        longest = max(map(len, prompts), default=0) + max_tokens
-        size = max(1, self.rows_at_once(longest) // n)
+        length = max(map(len, prompts), default=0) + max_tokens
+        size = max(1, self.rows_at_once(length) // n)
         for start in range(0, len(prompts), size):
             chunk = by_length[start : start + size]
             # default_rng hashes its seed: the streams of neighbouring seeds are unrelated
