@@ -230,6 +230,22 @@ def render(problem, tokenizer):
     return ids
 
 
+def turn_ends(tokenizer):
+    """The id of the special or added token with which the chat template ends an assistant's turn,
+    as a set; empty without a template, or if plain text ends it.
+
+    A base model's end of text may be another token (Qwen2.5: <|endoftext|>) than the one that its
+    template writes there (<|im_end|>), and an answer that ends as the template does is over."""
+    if not tokenizer.chat_template:
+        return set()
+    content = "0123456789"
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    _, found, after = text.rpartition(content)
+    ids = tokenizer(after.strip(), add_special_tokens=False)["input_ids"] if found else []
+    return set(ids[:1]) & {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+
+
 def render_all(sets, tokenizer, max_prompt_len, count=0, seed=0):
     """The problems of several sets {name: problems}, and their prompts' token ids: two lists.
 

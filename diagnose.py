@@ -311,17 +311,47 @@ METRICS = {
         "The updates that were not taken, as loss or gradient were not finite.",
     ),
     "controller/NAME": ("the method's own", "What the method's controller has set, or remembers."),
-    "time/rollout_s": ("seconds", "The time of sampling and verifying."),
+    "time/rollout_s": ("seconds", "The time of sampling and verifying, and of what lies between."),
+    "time/sample_s": ("seconds", "The engine's part of time/rollout_s, on rank 0."),
+    "time/verify_s": ("seconds", "The verifier's part of time/rollout_s, on rank 0."),
     "time/score_s": ("seconds", "The time of the old log-probs, and of the reference's."),
     "time/update_s": ("seconds", "The time of the updates, and of the entropy after them."),
     "time/push_s": ("seconds", "The time of pushing the weights to the engine."),
-    "time/step_s": ("seconds", "The time of the step, which is the sum of these four."),
+    "time/step_s": (
+        "seconds",
+        "The time of the step: the sum of the rollout's, score's, update's and push's.",
+    ),
+    "time/STAGE_tokens_per_s": (
+        "tokens per second",
+        "The response tokens of the step, of all ranks, by the seconds of the stage STAGE.",
+    ),
+    "time/padding_frac": (
+        "fraction",
+        "The share of padding in the micro-batches, whose rows are padded to the longest.",
+    ),
+    "time/imbalance": (
+        "ratio",
+        "The padded tokens of the rank that has most, summed over micro-batches, by the mean over "
+        "ranks: what score and update take longer than if all ranks had as many in each. 1 with "
+        "one rank.",
+    ),
+    "memory/STAGE_gib": (
+        "GiB",
+        "The most that the trainer's tensors took at once during the stage STAGE, on the rank "
+        "with most; on GPUs only.",
+    ),
+    "memory/reserved_gib": (
+        "GiB",
+        "What PyTorch held of the GPU at the end of the step, its tensors and its cache, on the "
+        "rank with most; on GPUs only.",
+    ),
 }
 PLACEHOLDERS = {
     "F": r"[\d.e-]+",
     "K": r"\d+",
     "Q": "|".join(QUADRANTS),
     "SET": "[^/]+",
+    "STAGE": "rollout|score|update|push",
     "METRIC": "[^/]+",
     "NAME": "[^/]+",
 }
@@ -380,13 +410,13 @@ SUSPICIOUS = (
         "rollout/mismatch_mean",
         0.05,
         "engine and trainer differ by 0.05 nats per token",
-        "--tis_cap 2, or --dtype float32",
+        "--tis_cap 2; with bfloat16 --parallel fsdp differs less than ddp",
     ),
     Limit(
         "train/skipped",
         0,
         "updates were skipped: loss or gradient not finite",
-        "lower --lr, or --dtype float32",
+        "lower --lr, or fewer --updates_per_rollout",
     ),
     Limit(
         "verify/timeout",

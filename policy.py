@@ -204,6 +204,27 @@ def agree_on_micro_batches(lengths, rows, budget):
     return micro_batches(lengths, rows, budget, at_least)
 
 
+def padding_metrics(lengths, budget, updates):
+    """What padding and waiting cost in the passes over a batch, which is split as in
+    batch_statistics and in the updates: {metric: float} over all ranks. A collective.
+
+    lengths: tokens of each row. The imbalance is that of ranks in lock-step, as under FSDP2: in
+    every micro-batch all wait for the rank of most padded tokens. DDP waits once per update."""
+    padded = []
+    for rows_of_update in np.array_split(range(len(lengths)), updates):
+        for rows in agree_on_micro_batches(lengths, rows_of_update.tolist(), budget):
+            padded.append(len(rows) * max(lengths[row] for row in rows))
+    padded = torch.tensor(padded, dtype=torch.float64)  # as many on every rank
+    slowest = padded.clone()
+    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    in_all = sum_over_ranks(padded).sum()
+    tokens = sum_over_ranks(torch.tensor(sum(lengths)))
+    return {
+        "time/padding_frac": float(1 - tokens / in_all),
+        "time/imbalance": float(slowest.sum() * dist.get_world_size() / in_all),
+    }
+
+
 # ---- statistics of a batch -----------------------------------------------------------------------
 
 

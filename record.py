@@ -19,7 +19,6 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
 from data import preview
 from diagnose import SUSPICIOUS, plot_curves, read_metrics, usual_panels
@@ -157,6 +156,7 @@ MAY_CHANGE_ON_RESUME = {
     "engine",
     "log_to",
     "record_step",
+    "rollout_gpu_memory",
 }
 
 
@@ -414,57 +414,58 @@ def sender(cfg, folder):
 # ---- --dry_run -----------------------------------------------------------------------------------
 
 GIB = 2**30
+# What the parts of a memory.Plan are.
+EXPLAINED = {
+    "weights": "weights, float32",
+    "gradients": "gradients, float32",
+    "AdamW": "AdamW's two averages, float32",
+    "reference": "a frozen reference, float32",
+    "gathered or cast": "weights in use: gathered layers (fsdp), autocast's copies (ddp)",
+    "unreduced gradients": "gradients before they are reduced or added",
+    "activations": "activations that are kept for backward",
+    "one layer": "more in the backward of one layer",
+    "log-prob chunk": "log-probs of a chunk of tokens",
+    "engine weights": "the engine's weights",
+    "KV cache": "the engine's KV cache",
+    "overhead": "contexts and graphs, assumed",
+}
 
 
-def dry_run(cfg, model_config, tokenizer, sets, dtype, with_reference):
+def dry_run(cfg, size, tokenizer, sets, dtype, memory_plan):
     """Prints the plan, and for each set (problems, prompts) three prompts and verdicts on their
-    gold answers. with_reference: the method wants a frozen reference model."""
+    gold answers."""
     if dist.get_rank() == 0:
-        print(plan(cfg, model_config, dist.get_world_size(), dtype, with_reference))
+        print(plan(cfg, size, dist.get_world_size(), dtype, memory_plan))
         for problems, prompts in sets:
             preview(tokenizer, problems, prompts)
 
 
-def plan(cfg, model_config, ranks, dtype, with_reference):
-    """Memory, tokens and disk of a run in a few lines, by arithmetic; no weights are loaded.
-
-    Activations: 34 bytes per token, hidden unit and layer in 16 bits without attention matrices,
-    Korthikanti et al. 2022, arXiv 2205.05198, eq. 1; 2 with checkpointing, which adds one layer's
-    34. experiments/scaling.py reckons more finely, for two models."""
-    with torch.device("meta"):  # shapes without memory
-        model = AutoModelForCausalLM.from_config(
-            model_config, trust_remote_code=cfg.trust_remote_code
-        )
-    count = sum(parameter.numel() for parameter in model.parameters())
-    shape = model_config.get_text_config()
-    layers = shape.num_hidden_layers
-    shards = ranks if cfg.parallel == "fsdp" else 1
+def plan(cfg, size, ranks, dtype, memory_plan):
+    """Memory, tokens and disk of a run in a few lines. size: memory.ModelSize of the model."""
     longest = cfg.max_prompt_len + cfg.max_response_len
     step_tokens = cfg.prompts_per_step * cfg.group_size * longest
-    update_tokens = step_tokens // (cfg.updates_per_rollout * ranks)
-    tokens = min(max(cfg.micro_batch_tokens, longest), update_tokens)  # of a micro-batch
-    kept = 2 * layers + 34 if cfg.activation_checkpointing else 34 * layers
-    checkpoint = 12 * count
-    weights = 16 * count / shards
-    activations = kept * tokens * shape.hidden_size * dtype.itemsize / 2
-    log_probs = 20 * 512 * shape.vocab_size
-    reference = 4 * count / shards if with_reference else 0.0
-    engine = dtype.itemsize * count / cfg.rollout_tp
-    memory = {
-        "weights, gradients and AdamW's two averages, float32": weights,
-        "activations of a micro-batch, roughly": activations,
-        "log-probs of a chunk, five times float32 (512, V)": log_probs,
-        "a frozen reference, float32 (methods that want one)": reference,
-        f"the engine's weights, {dtype} (vllm sleeps during the update)": engine,
-    }
+    layers = "recomputed in backward" if cfg.activation_checkpointing else "kept for backward"
     lines = [
-        f"{count / 1e6:,.2f} M parameters, {ranks} ranks, --parallel {cfg.parallel}. GiB per rank:"
+        f"{size.parameters / 1e6:,.2f} M parameters, {ranks} ranks, --parallel {cfg.parallel}, "
+        f"{dtype}, layers {layers}. GiB per rank, by arithmetic:"
     ]
-    for part, size in memory.items():
-        lines.append(f"  {size / GIB:9.3f}  {part}")
-    in_all = sum(memory.values())
+    for part, number in memory_plan.parts.items():
+        lines.append(f"  {number / GIB:9.3f}  {EXPLAINED[part]}")
+    lines.append("the worst moment of each phase, GiB:")
+    for phase, number in memory_plan.peaks.items():
+        lines.append(f"  {number / GIB:9.3f}  {phase}")
+    card = f"{memory_plan.total / GIB:.1f} GiB"
+    if not torch.cuda.is_available():
+        card += " (assumed: there is no GPU here)"
+    lines.append(f"each GPU has {card}")
+    if cfg.engine == "vllm":
+        chosen = "as given" if cfg.rollout_gpu_memory else "what the trainer leaves"
+        lines.append(f"vllm's share of it: {memory_plan.share:.2f}, {chosen}")
+    for complaint in (memory_plan.misfit, memory_plan.tight):
+        if complaint:
+            lines.append(f"warning: {complaint}")
+    checkpoint = 12 * size.parameters
     lines += [
-        f"  {in_all / GIB:9.3f}  in all; KV cache, gathered layers and overhead come on top",
         f"a step: {cfg.prompts_per_step} prompts x {cfg.group_size} answers, at most "
         f"{step_tokens:,} tokens, in {cfg.updates_per_rollout} updates; {cfg.steps} steps",
         f"a checkpoint: {checkpoint / GIB:.3f} GiB; room for {cfg.keep_checkpoints + 2} is needed",

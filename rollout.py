@@ -29,6 +29,7 @@ import math
 import os
 import random
 import socket
+import time
 from collections import Counter
 from contextlib import contextmanager
 from statistics import fmean
@@ -36,6 +37,10 @@ from statistics import fmean
 # OpenMP reads this once, when torch is imported. Threads that spin while they wait make shared
 # cores 10 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# So does the CUDA allocator. AdamW's averages would pin segments that activations left, and vLLM
+# could not have them back; segments that grow and shrink leave no such holes. vLLM's sleep mode
+# switches them off in its own pool.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import numpy as np
 import torch
@@ -46,6 +51,7 @@ from transformers.initialization import no_init_weights
 import verify
 from entropy import sums_by_name, use_float32_logits
 from losses import group_advantages
+from memory import MOST_ROWS, ROWS_ON_CPU, bytes_per_row, rows_that_fit
 from policy import max_over_ranks, sum_over_ranks
 
 
@@ -99,12 +105,12 @@ class TorchEngine:
         device,
         stop_ids,
         max_model_len,
-        max_rows=256,
+        max_rows=None,
         trust_remote_code=False,
     ):
         """model_dir: folder or hub id; only its config is read. max_rows: answers decoded together
-        (at least those of one prompt). KV-cache memory grows with it; on CPU 256 was as fast as 512
-        and 1.2 times faster than 128."""
+        (at least those of one prompt); None: as many as fit into a GPU's free memory. On a CPU 256,
+        which was as fast as 512 and 1.2 times faster than 128."""
         trust = {"trust_remote_code": trust_remote_code}
         # It allocates, and draws nothing from the global generator.
         with no_init_weights(), torch.device(device):
@@ -117,6 +123,18 @@ class TorchEngine:
         self.max_model_len = max_model_len
         self.max_rows = max_rows
         self.stop_ids = torch.tensor(sorted(stop_ids), device=device)
+
+    def rows_at_once(self, length):
+        """Answers decoded together, of `length` tokens with their prompts."""
+        if self.max_rows:
+            return self.max_rows
+        if torch.device(self.device).type != "cuda":
+            return ROWS_ON_CPU
+        free, _ = torch.cuda.mem_get_info(self.device)
+        # What torch has cached is free, too.
+        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        shape = self.model.config.get_text_config()
+        return rows_that_fit(free, bytes_per_row(shape, self.model.dtype, length))
 
     @torch.no_grad()
     def push_weights(self, named_tensors):
@@ -145,7 +163,8 @@ class TorchEngine:
         answers_to = [None] * len(prompts)
         # Prompts of like length together: less padding in a batch.
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        size = max(1, self.max_rows // n)
+        length = max(map(len, prompts), default=0) + max_tokens
+        size = max(1, self.rows_at_once(length) // n)
         for start in range(0, len(prompts), size):
             chunk = by_length[start : start + size]
             # default_rng hashes its seed: the streams of neighbouring seeds are unrelated
@@ -247,6 +266,7 @@ def prepare_environment():
         # vLLM in this process, where it can take the trainer's tensors
         "VLLM_ENABLE_V1_MULTIPROCESSING": 0,
         "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": 1,  # or it sends some to its makers
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, str(value))
@@ -278,7 +298,7 @@ class VllmEngine:
         device,
         stop_ids,
         max_model_len,
-        max_rows=256,
+        max_rows=MOST_ROWS,
         trust_remote_code=False,
         tensor_parallel_size=1,
         gpu_memory_utilization=0.3,
@@ -444,18 +464,26 @@ def make_engine(name, model_dir, *, tensor_parallel_size=1, gpu_memory_utilizati
 # in its group) and seed (of its group).
 
 
-def sample_and_verify(engine, tokenizer, problems, prompts, seeds, *, n, max_tokens, temperature):
+def sample_and_verify(
+    engine, tokenizer, problems, prompts, seeds, *, n, max_tokens, temperature, seconds=None
+):
     """n answers to each problem, sampled and judged: per problem a list of n answers, its group.
 
-    prompts: the problems' token ids; seeds: one each, at least n apart."""
+    prompts: the problems' token ids; seeds: one each, at least n apart. seconds: a Counter to which
+    "time/sample_s" and "time/verify_s" are added."""
+    seconds = Counter() if seconds is None else seconds
+    start = time.perf_counter()
     ids, log_probs, truncated = engine.generate(
         prompts, n=n, max_tokens=max_tokens, temperature=temperature, seeds=seeds
     )
+    seconds["time/sample_s"] += time.perf_counter() - start
     if not problems:
         return []  # not before generate: under tensor parallelism all ranks of a group must call it
+    start = time.perf_counter()
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     repeated_problems = [problem for problem in problems for _ in range(n)]
     scores = verify.score(repeated_problems, texts)
+    seconds["time/verify_s"] += time.perf_counter() - start
     groups = []
     for i, problem in enumerate(problems):
         rows = range(i * n, (i + 1) * n)
@@ -495,11 +523,11 @@ def shuffled(count, seed, epoch):
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
-def sample_batch(engine, tokenizer, problems, prompts, drawn, cfg):
+def sample_batch(engine, tokenizer, problems, prompts, drawn, cfg, seconds=None):
     """This rank's share of the P groups of G answers of one step.
 
     Returns the answers in one list, the verdicts of all that were judged (a Counter), and how many
-    problems have been drawn by now, over all ranks.
+    problems have been drawn by now, over all ranks. seconds: see sample_and_verify.
 
     The stream of problems is dealt to the ranks in turn, so P problems and their seeds are the same
     for any number of ranks. --dynamic_sampling: groups without variance teach nothing and make room
@@ -524,6 +552,7 @@ def sample_batch(engine, tokenizer, problems, prompts, drawn, cfg):
             n=cfg.group_size,
             max_tokens=cfg.max_response_len,
             temperature=cfg.temperature,
+            seconds=seconds,
         )
         for group in groups:
             verdicts.update(answer["verdict"] for answer in group)

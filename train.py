@@ -27,6 +27,7 @@ import re
 import signal
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,7 +41,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 
 import tiny
-from data import first_prompt, load_problems, render_all
+from data import first_prompt, load_problems, render_all, turn_ends
 from entropy import NEEDED_STATISTICS, STATISTICS, entropy_metrics, sums_by_name
 from losses import (
     CONTROLLERS,
@@ -53,6 +54,7 @@ from losses import (
     scale_gradient,
     token_mean,
 )
+from memory import card_memory, model_size, plan_memory
 from policy import (
     agree_on_micro_batches,
     batch_statistics,
@@ -60,10 +62,12 @@ from policy import (
     entropy_after,
     full_tensors,
     max_over_ranks,
+    padding_metrics,
     response_statistics,
     sum_over_ranks,
 )
 from record import (
+    GIB,
     RunLog,
     check_folder,
     checkpoints,
@@ -142,20 +146,28 @@ class Training:
     warmup_updates: int = flag(10, "optimizer steps of linear warm-up")
     weight_decay: float = flag(0.0, "AdamW's weight decay")
     grad_clip: float = flag(1.0, "largest gradient norm")
-    parallel: str = flag("ddp", "ddp, or fsdp: weights, gradients and optimizer sharded (FSDP2)")
+    parallel: str = flag(
+        "ddp",
+        "ddp, or fsdp: weights, gradients and optimizer sharded (FSDP2); on GPUs fsdp by default",
+    )
     dtype: str = flag(
         "auto",
-        "compute in bfloat16 or float32; auto: bfloat16 on GPUs. Master weights are float32",
+        "compute in bfloat16 or float32; auto: bfloat16 on GPUs, where float32 has no fast "
+        "attention. Master weights are float32",
     )
     micro_batch_tokens: int = flag(
         16384, "padded tokens per forward: memory and speed; same gradient (but see README)"
     )
     activation_checkpointing: bool = flag(
-        False, "recompute layers in backward: less memory, more time"
+        False,
+        "recompute layers in backward: less memory, more time; on GPUs by default, false turns it "
+        "off",
     )
     engine: str = flag("auto", "vllm, torch; auto: vllm where a GPU and vllm are present")
     rollout_tp: int = flag(1, "ranks per vllm engine (tensor parallel)")
-    rollout_gpu_memory: float = flag(0.4, "vllm's share of each GPU's memory")
+    rollout_gpu_memory: float = flag(
+        0.0, "vllm's share of each GPU's memory (0: what the trainer leaves, see --dry_run)"
+    )
 
 
 @dataclass
@@ -185,6 +197,10 @@ class Run:
     trust_remote_code: bool = flag(False, "run Python code that comes with the model")
 
 
+# Defaults where there are GPUs, a single one too: DDP holds the gradients all the time, and its
+# autocast differs more from the engine's bfloat16 than FSDP2's does.
+ON_GPUS = {"parallel": "fsdp", "activation_checkpointing": True}
+
 CHOICES = {
     "parallel": ("ddp", "fsdp"),
     "dtype": ("auto", "float32", "bfloat16"),
@@ -201,6 +217,7 @@ MAY_BE_ZERO = {
     "eval_prompts",
     "seed",
     "record_step",
+    "rollout_gpu_memory",
 }
 INCOMPATIBLE = {  # (method, flag): why they do not go together
     ("w_reinforce", "dynamic_sampling"): (
@@ -234,14 +251,18 @@ def parse(argv):
     parser = HfArgumentParser(
         [Data, Method, Training, Run],
         usage="train.py --method METHOD [options]",
-        description=__doc__.splitlines()[0] + " Defaults are shown for the --model given.",
+        description=__doc__.splitlines()[0]
+        + " Defaults are shown for this machine and the --model given.",
         formatter_class=OneLine,
         allow_abbrev=False,
     )
     without_help = [word for word in argv if word not in ("-h", "--help")]
-    model = parser.parse_known_args(without_help)[0].model
+    given = parser.parse_known_args(without_help)[0]
+    model = given.model
     if model in tiny.SIZES:
         parser.set_defaults(**tiny.DEFAULTS)
+    if torch.cuda.is_available() and given.steps:  # an evaluation keeps the policy on the CPU
+        parser.set_defaults(**ON_GPUS)
     cfg = parser.parse_args(argv)
     if model in tiny.SIZES:
         cfg.knobs = tiny.KNOBS.get(cfg.method, []) + cfg.knobs
@@ -530,11 +551,14 @@ def first_state():
 
 
 def make_optimizer(policy, cfg):
+    on_gpu = next(policy.parameters()).is_cuda
     return torch.optim.AdamW(
         policy.parameters(),
         lr=cfg.lr,
         weight_decay=cfg.weight_decay,
         betas=(0.9, 0.95),
+        # Without it a step on a GPU needs one more copy of the weights.
+        fused=True if on_gpu else None,
     )
 
 
@@ -549,15 +573,31 @@ def wrap_ddp(policy, cfg):
     none."""
     if cfg.parallel == "fsdp" or not cfg.steps:
         return policy
-    return DistributedDataParallel(policy, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    ddp_policy = DistributedDataParallel(policy, gradient_as_bucket_view=True)
+    # Buffers never change. The argument that says so has one name in torch 2.11 and another in
+    # 2.13, the attribute the same in both.
+    ddp_policy.broadcast_buffers = False
+    return ddp_policy
 
 
-def start_engine(base, policy, tokenizer, cfg, device, dtype):
-    """The engine, with the policy's weights."""
+def plan_run(cfg, model_config, device, dtype, with_reference):
+    """The model's size, and what the run takes of each GPU's memory: a ModelSize and a Plan.
+
+    ValueError if GPUs are here and it cannot fit."""
+    size = model_size(model_config, cfg.trust_remote_code)
+    total = card_memory(device)
+    plan = plan_memory(size, cfg, dist.get_world_size(), dtype, with_reference, total)
+    if device.type == "cuda" and plan.misfit and not cfg.dry_run:
+        raise ValueError(plan.misfit)
+    return size, plan
+
+
+def start_engine(base, policy, tokenizer, cfg, device, dtype, gpu_memory):
+    """The engine, with the policy's weights. gpu_memory: vLLM's share of the GPU's."""
     ends = policy.model.generation_config.eos_token_id or []  # one id, or several for chat models
     if not isinstance(ends, list):
         ends = [ends]
-    stop_ids = {tokenizer.eos_token_id, *ends} - {None}
+    stop_ids = {tokenizer.eos_token_id, *ends, *turn_ends(tokenizer)} - {None}
     engine = make_engine(
         cfg.engine,
         base,
@@ -566,7 +606,7 @@ def start_engine(base, policy, tokenizer, cfg, device, dtype):
         stop_ids=stop_ids,
         max_model_len=cfg.max_prompt_len + cfg.max_response_len,
         tensor_parallel_size=cfg.rollout_tp,
-        gpu_memory_utilization=cfg.rollout_gpu_memory,
+        gpu_memory_utilization=gpu_memory,
         trust_remote_code=cfg.trust_remote_code,
     )
     engine.push_weights(full_tensors(policy.model))
@@ -591,18 +631,39 @@ def note_sigterms():
 
 
 class Stopwatch:
-    """Seconds of the stages of a step, {"time/STAGE_s": seconds}."""
+    """What the stages of a step took, as metrics: "time/STAGE_s" and, on GPUs, "memory/STAGE_gib",
+    the most that this rank's tensors took at once."""
 
-    def __init__(self):
+    def __init__(self, device):
+        self.on_gpu = device.type == "cuda"
         self.start = time.perf_counter()
         self.last = self.start
-        self.seconds = {}
+        self.metrics = Counter()
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
 
     def lap(self, stage):
+        if self.on_gpu:
+            torch.cuda.synchronize()  # or a stage would end while its kernels run
+            self.metrics[f"memory/{stage}_gib"] = torch.cuda.max_memory_allocated() / GIB
+            torch.cuda.reset_peak_memory_stats()
         now = time.perf_counter()
-        self.seconds[f"time/{stage}_s"] = now - self.last
-        self.seconds["time/step_s"] = now - self.start
+        self.metrics[f"time/{stage}_s"] = now - self.last
+        self.metrics["time/step_s"] = now - self.start
         self.last = now
+
+    def all_metrics(self, tokens):
+        """These, and response tokens per second of the first three stages, of all ranks together;
+        tokens: of the step."""
+        found = dict(self.metrics)
+        for stage in ("rollout", "score", "update"):
+            found[f"time/{stage}_tokens_per_s"] = tokens / found[f"time/{stage}_s"]
+        if self.on_gpu:
+            found["memory/reserved_gib"] = torch.cuda.memory_reserved() / GIB
+        for name in found:
+            if name.startswith("memory/"):
+                found[name] = max_over_ranks(found[name])
+        return found
 
 
 # ---- parts of a step -----------------------------------------------------------------------------
@@ -722,9 +783,10 @@ def main(argv=None):
     with clear_errors():
         tokenizer, model_config = load_tokenizer(base, cfg)
         (problems, prompts), eval_sets = render_sets(train_sets, eval_sets, tokenizer, cfg)
+        size, plan = plan_run(cfg, model_config, device, dtype, with_reference=bool(ref_names))
     if cfg.dry_run:
         shown = [(problems, prompts)] if cfg.steps else eval_sets.values()
-        dry_run(cfg, model_config, tokenizer, shown, dtype, with_reference=bool(ref_names))
+        dry_run(cfg, size, tokenizer, shown, dtype, plan)
         return dist.destroy_process_group()
 
     # The weights, the optimizer and `state` are all that --resume needs.
@@ -737,10 +799,12 @@ def main(argv=None):
         load_optimizer(policy, optimizer, state.pop("optimizer"))
     ddp_policy = wrap_ddp(policy, cfg)
     reference = build_policy(base, cfg, device, dtype) if ref_names and cfg.steps else None
-    engine = start_engine(base, policy, tokenizer, cfg, device, dtype)
+    engine = start_engine(base, policy, tokenizer, cfg, device, dtype, plan.share)
 
     run_log = RunLog(folder, cfg, state["step"], rank, first_prompt(tokenizer, prompts, eval_sets))
     warn_if_idle(run_log, cfg)
+    if plan.tight and device.type == "cuda":
+        run_log.warn(plan.tight, "by arithmetic, which may be wrong; see --dry_run")
     if eval_sets and not start:
         metrics = run_log.evaluation(0, evaluate(engine, tokenizer, eval_sets, cfg))
         run_log.write({"step": 0} | metrics)
@@ -751,11 +815,11 @@ def main(argv=None):
     for step in range(state["step"] + 1, cfg.steps + 1):
         # What a method draws depends on seed, step and rank only: the same after --resume.
         torch.manual_seed(hash((cfg.seed, step, rank)) % 2**63)
-        watch = Stopwatch()
+        watch = Stopwatch(device)
 
         # ---- 1 sample answers and verify them
         answers, verdicts, state["drawn"] = sample_batch(
-            engine, tokenizer, problems, prompts, state["drawn"], cfg
+            engine, tokenizer, problems, prompts, state["drawn"], cfg, watch.metrics
         )
         metrics = answer_metrics(answers, cfg.group_size)
 
@@ -780,6 +844,7 @@ def main(argv=None):
         ref = {}
         if reference:
             ref = batch_statistics(reference, batch, ref_names, budget, cfg.updates_per_rollout)
+        metrics |= padding_metrics(batch["lengths"].tolist(), budget, cfg.updates_per_rollout)
         metrics |= mismatch_metrics(batch, old["log_probs"])
         metrics |= batch_entropy_metrics(batch, old, cfg)
         if cfg.method in CONTROLLERS:
@@ -823,7 +888,8 @@ def main(argv=None):
         metrics |= {f"controller/{name}": value for name, value in state["controller"].items()}
         metrics["train/skipped"] = updates.count(None)
         metrics["train/lr"] = optimizer.param_groups[0]["lr"]
-        metrics |= watch.seconds
+        tokens = metrics["response/len_mean"] * cfg.prompts_per_step * cfg.group_size
+        metrics |= watch.all_metrics(tokens)
         if eval_sets and (step % cfg.eval_every == 0 or step == cfg.steps):
             metrics |= run_log.evaluation(step, evaluate(engine, tokenizer, eval_sets, cfg))
         run_log.write(metrics)

@@ -19,7 +19,9 @@ import time
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -34,6 +36,16 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import tiny
 from diagnose import read_metrics
 from experiments.runs import table
+from memory import (
+    ASSUMED_CARD,
+    MOST_ROWS,
+    OVERHEAD,
+    VLLM_OVERHEAD,
+    cache_per_token,
+    model_size,
+    plan_memory,
+)
+from policy import micro_batches
 
 RESULTS = Path("experiments/results")
 STAGES = ("rollout", "score", "update", "push")
@@ -55,15 +67,41 @@ class Shape:
     vocab: int
     tied: bool
 
-    @property
-    def query(self):
-        return self.heads * self.head_dim
-
-    @property
-    def key_value(self):
-        return 2 * self.kv_heads * self.head_dim
+    @cached_property
+    def size(self):
+        return model_size(qwen2_config(self))
 
 
+HALF = Shape(
+    hidden=896,
+    layers=24,
+    heads=14,
+    kv_heads=2,
+    head_dim=64,
+    intermediate=4864,
+    vocab=151936,
+    tied=True,
+)
+ONE_AND_A_HALF = Shape(
+    hidden=1536,
+    layers=28,
+    heads=12,
+    kv_heads=2,
+    head_dim=128,
+    intermediate=8960,
+    vocab=151936,
+    tied=True,
+)
+THREE = Shape(
+    hidden=2048,
+    layers=36,
+    heads=16,
+    kv_heads=2,
+    head_dim=128,
+    intermediate=11008,
+    vocab=151936,
+    tied=True,
+)
 SEVEN = Shape(
     hidden=3584,
     layers=28,
@@ -86,28 +124,9 @@ THIRTY_TWO = Shape(
 )
 
 
-def layer_parameters(s):
-    """Of one decoder layer: q, k, v with bias, o, three matrices of the MLP, two norms."""
-    attention = (s.hidden + 1) * (s.query + s.key_value) + s.query * s.hidden
-    return attention + 3 * s.hidden * s.intermediate + 2 * s.hidden
-
-
-def root_parameters(s):
-    """Of what no layer holds: embedding, head, last norm.
-
-    FSDP2 keeps them in one group, gathered from forward to backward.
-    """
-    return s.vocab * s.hidden * (1 if s.tied else 2) + s.hidden
-
-
-def parameters(s):
-    return s.layers * layer_parameters(s) + root_parameters(s)
-
-
 # ---- on paper: memory, bytes, seconds ------------------------------------------------------------
 
-# Of an H100: bytes, then per second.
-MEMORY = 80e9
+# Of an H100, per second.
 FLOPS = 989e12
 HBM = 3.35e12
 NVLINK = 450e9
@@ -116,63 +135,37 @@ NETWORK = 50e9
 GPUS_PER_NODE = 8
 # Shares of the peaks that are reached: assumptions.
 ASSUMED = {"flops": 0.35, "hbm": 0.5, "links": 0.7}
-# Bytes for CUDA, NCCL and fragments: an assumption too.
-OVERHEAD = 3e9
 
 
-def memory_per_gpu(
-    s,
-    ranks,
+def setting(
+    updates=8,
     micro_batch_tokens=16384,
     rollout_tp=1,
-    rollout_gpu_memory=0.4,
-    memory=MEMORY,
+    prompts=256,
+    group=8,
+    longest=8192,
+    prompt=2048,
 ):
-    """Bytes per GPU, (parts, peaks), two {name: bytes}.
-
-    Under FSDP2 with bfloat16 compute, float32 master weights, activation checkpointing and vLLM, as
-    policy.build_policy and rollout.VllmEngine hold them. The first three parts are exact. "one
-    layer" is what PyTorch keeps of a layer for backward, reckoned per token. The chunk of 512
-    tokens x V in float32 exists five times: logits, over T, log_softmax, their gradients.
-    """
-    n = parameters(s)
-    layer = layer_parameters(s)
-    root = root_parameters(s)
-    per_token = 24 * s.hidden + 4 * s.key_value + 10 * s.query + 14 * s.intermediate
-    parts = {
-        "weights": 4 * n / ranks,
-        "gradients": 4 * n / ranks,
-        "optimizer": 8 * n / ranks,
-        # bfloat16; the next layer is fetched while one computes
-        "gathered": 2 * (2 * layer + root),
-        # bfloat16, and their float32 copy for the reduce-scatter
-        "unreduced gradients": (2 + 4) * (layer + root),
-        "layer inputs": 2 * s.layers * micro_batch_tokens * s.hidden,
-        "one layer": micro_batch_tokens * per_token,
-        "log-prob chunk": 5 * 4 * 512 * s.vocab,
-        "engine weights": 2 * n / rollout_tp,
-        "KV cache": rollout_gpu_memory * memory - 2 * n / rollout_tp - OVERHEAD,
-        "overhead": OVERHEAD,
-    }
-    kept = parts["weights"] + parts["optimizer"] + OVERHEAD
-    in_update = (
-        "gradients",
-        "gathered",
-        "unreduced gradients",
-        "layer inputs",
-        "one layer",
-        "log-prob chunk",
+    """What memory.plan_memory reads of train.py's settings."""
+    return SimpleNamespace(
+        steps=1,
+        engine="vllm",
+        parallel="fsdp",
+        activation_checkpointing=True,
+        rollout_gpu_memory=0.0,
+        rollout_tp=rollout_tp,
+        prompts_per_step=prompts,
+        group_size=group,
+        updates_per_rollout=updates,
+        micro_batch_tokens=micro_batch_tokens,
+        max_prompt_len=prompt,
+        max_response_len=longest,
     )
-    peaks = {
-        "rollout": kept + rollout_gpu_memory * memory,
-        # vLLM sleeps: level 2 keeps neither weights nor cache
-        "update": kept + sum(parts[name] for name in in_update),
-        # AdamW's temporaries, about one more float32 copy
-        "optimizer step": kept + parts["gradients"] + 4 * n / ranks,
-        # one whole float32 tensor at a time
-        "push": kept + parts["engine weights"] + 4 * s.vocab * s.hidden,
-    }
-    return parts, peaks
+
+
+def memory_per_gpu(s, ranks, memory=ASSUMED_CARD, **of_setting):
+    """The memory.Plan of a GPU: FSDP2, bfloat16, activation checkpointing, vLLM."""
+    return plan_memory(s.size, setting(**of_setting), ranks, torch.bfloat16, False, memory)
 
 
 def communication_per_step(s, parallel, updates, micro_batches, after=1, bytes_per_weight=2):
@@ -184,9 +177,9 @@ def communication_per_step(s, parallel, updates, micro_batches, after=1, bytes_p
     The root's weights stay gathered after a forward until a backward frees them, so the score pass
     gathers them once and leaves them to the first update.
     """
-    n = parameters(s)
-    layers = s.layers * layer_parameters(s)
-    root = root_parameters(s)
+    n = s.size.parameters
+    layers = s.layers * s.size.layer
+    root = s.size.root
     if parallel == "ddp":
         return {"update all_reduce": 4 * n * updates}
     gathered_in_update = 2 * micro_batches * layers + (micro_batches - 1) * root
@@ -211,30 +204,42 @@ def seconds_per_step(
     updates=8,
     micro_batch_tokens=16384,
     rollout_tp=1,
-    rollout_gpu_memory=0.4,
 ):
     """{stage: seconds} from FLOPs, bytes read and bytes sent, at the ASSUMED shares of the peaks.
 
     Sampling: every decode step reads the engine's weights, every token its context. There are no
     fewer steps than the longest answer has tokens, and no more answers at once than max_rows and
-    the KV cache allow. Communication hides behind compute.
+    the KV cache allow. Communication hides behind compute. Score and update wait as simulated in
+    imbalance().
     """
-    n = parameters(s)
+    n = s.size.parameters
     answers = prompts * group
     context = prompt + response / 2
     flops_reached = ASSUMED["flops"] * FLOPS
-    parts, _ = memory_per_gpu(s, ranks, micro_batch_tokens, rollout_tp, rollout_gpu_memory)
-
-    kv = 2 * s.layers * s.key_value / rollout_tp  # bytes per token and GPU
+    plan = memory_per_gpu(
+        s,
+        ranks,
+        updates=updates,
+        micro_batch_tokens=micro_batch_tokens,
+        rollout_tp=rollout_tp,
+        prompts=prompts,
+        group=group,
+        longest=longest,
+    )
+    parts = plan.parts
+    # bytes per token and GPU
+    kv = cache_per_token(s.layers, s.size.key_value, torch.bfloat16) / rollout_tp
     share = answers * rollout_tp / ranks  # answers per engine
-    at_once = min(256, share, parts["KV cache"] // (kv * context))
+    at_once = min(MOST_ROWS, share, parts["KV cache"] // (kv * context))
     steps = max(longest, share * response / at_once)
     read = steps * parts["engine weights"] + share * response * context * kv
     sampling_flops = 2 * n * share * response / rollout_tp  # per GPU
 
     tokens = answers * (prompt + response) / ranks
-    flops_per_token = 2 * (n - s.vocab * s.hidden) + 2 * s.layers * s.query * (prompt + response)
-    compute = flops_per_token * tokens / flops_reached
+    embedding = 0 if s.tied else s.vocab * s.hidden  # looked up, not multiplied with
+    flops_per_token = 2 * (n - embedding) + 2 * s.layers * s.size.query * (prompt + response)
+    waiting = imbalance(s, ranks, prompts, group, response, longest, prompt, updates)
+    compute = waiting * flops_per_token * tokens / flops_reached
 
     micro_batches = updates * math.ceil(tokens / (updates * micro_batch_tokens))
     after = math.ceil(tokens / (group * micro_batch_tokens))  # of each group's first answer
@@ -246,7 +251,64 @@ def seconds_per_step(
         "push": sent["push"],
         "communication": sum(sent.values()),
         "at once": at_once,
+        "imbalance": waiting,
     }
+
+
+# Spread of the logarithm of an answer's length: around its prompt's, and of the prompts'.
+SPREAD = {"answer": 0.5, "prompt": 0.35}
+
+
+def imbalance(s, ranks, prompts, group, response, longest, prompt, updates, budget=16384, draws=4):
+    """Cost of the passes over a step's answers when all ranks wait for one another in every
+    micro-batch, by that of a perfect split without padding.
+
+    Simulated: lengths are lognormal, their mean is `response`, those above `longest` are cut;
+    train.py's split of them, policy.micro_batches; FLOPs of causal attention.
+    """
+    rng = np.random.default_rng(0)
+    waited = 0.0
+    perfect = 0.0
+    for _ in range(draws):
+        lengths = draw_lengths(rng, prompts, group, response, longest)
+        # the prompts are dealt to the ranks in turn
+        rows_of_rank = lengths.reshape(prompts // ranks, ranks, group).swapaxes(0, 1)
+        rows_of_rank = prompt + rows_of_rank.reshape(ranks, -1)
+        perfect += flops_of_rows(s, rows_of_rank).sum() / ranks
+        for rows in np.array_split(np.arange(rows_of_rank.shape[1]), updates):
+            waited += lock_step(s, rows_of_rank.tolist(), rows.tolist(), budget)
+    return waited / perfect
+
+
+def draw_lengths(rng, prompts, group, response, longest):
+    """(prompts, group) lengths with the wanted mean, which is found by bisection."""
+    noise = SPREAD["answer"] * rng.standard_normal((prompts, group))
+    noise += SPREAD["prompt"] * rng.standard_normal((prompts, 1))
+    low = 0.0
+    high = 100.0 * response
+    for _ in range(60):
+        middle = (low + high) / 2
+        lengths = np.minimum(middle * np.exp(noise), longest)
+        low, high = (middle, high) if lengths.mean() < response else (low, middle)
+    return np.maximum(lengths, 1).astype(int)
+
+
+def flops_of_rows(s, lengths):
+    """Of a forward over rows of so many tokens each, without the embedding's lookup."""
+    size = s.size
+    matrices = 2 * (size.layers * size.layer + size.vocab * size.hidden)
+    return matrices * lengths + 2 * size.layers * size.query * lengths**2
+
+
+def lock_step(s, lengths, rows, budget):
+    """Cost of one update: the most expensive rank's in each micro-batch."""
+    most = max(len(micro_batches(of_rank, rows, budget)) for of_rank in lengths)
+    costs = []
+    for of_rank in lengths:
+        lists = micro_batches(of_rank, rows, budget, most)
+        longest = np.array([max(of_rank[row] for row in some) for some in lists])
+        costs.append([len(some) for some in lists] * flops_of_rows(s, longest))
+    return np.max(costs, axis=0).sum()
 
 
 def seconds_of_communication(s, ranks, updates, micro_batches, after):
@@ -271,6 +333,7 @@ class Case:
     shape: Shape
     rollout_tp: int  # ranks per vLLM engine
     nodes: int
+    gpus: int = GPUS_PER_NODE  # of each node
 
     @property
     def prompts(self):
@@ -279,14 +342,19 @@ class Case:
 
     @property
     def ranks(self):
-        return self.nodes * GPUS_PER_NODE
+        return self.nodes * self.gpus
 
     @property
     def label(self):
         return f"{self.model.split('-')[1]}, {self.ranks}"
 
 
-CASES = [Case("Qwen/Qwen2.5-7B", SEVEN, 1, nodes) for nodes in (1, 2, 4, 8)]
+CASES = [
+    Case("Qwen/Qwen2.5-0.5B", HALF, 1, 1, gpus=1),
+    Case("Qwen/Qwen2.5-1.5B", ONE_AND_A_HALF, 1, 1, gpus=1),
+    Case("Qwen/Qwen2.5-3B", THREE, 1, 1, gpus=1),
+]
+CASES += [Case("Qwen/Qwen2.5-7B", SEVEN, 1, nodes) for nodes in (1, 2, 4, 8)]
 CASES += [Case("Qwen/Qwen2.5-32B", THIRTY_TWO, 4, nodes) for nodes in (1, 2, 4, 8)]
 
 
@@ -295,35 +363,44 @@ def command(case):
     if case.nodes > 1:
         rendezvous = f"--nnodes {case.nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
     return (
-        f"torchrun {rendezvous}--nproc-per-node 8 train.py --method clip_cov --model {case.model} "
-        "--data BytedTsinghua-SIA/DAPO-Math-17k --parallel fsdp --activation_checkpointing "
+        f"torchrun {rendezvous}--nproc-per-node {case.gpus} train.py --method clip_cov "
+        f"--model {case.model} "
+        "--data BytedTsinghua-SIA/DAPO-Math-17k "
         f"--rollout_tp {case.rollout_tp} --prompts_per_step {case.prompts} --group_size 8 "
         "--updates_per_rollout 8 --max_response_len 8192"
     )
 
 
-def memory_and_peaks(case):
-    return memory_per_gpu(case.shape, case.ranks, rollout_tp=case.rollout_tp)
+def plan_of(case):
+    return memory_per_gpu(case.shape, case.ranks, rollout_tp=case.rollout_tp, prompts=case.prompts)
 
 
 def fits(case):
-    parts, peaks = memory_and_peaks(case)
-    return max(peaks.values()) < MEMORY and parts["KV cache"] > 0
+    plan = plan_of(case)
+    return not (plan.misfit or plan.tight)
 
 
 def memory_table():
-    parts, peaks = memory_and_peaks(CASES[0])
+    plan = plan_of(CASES[0])
+    parts = [part for part in plan.parts if part != "reference"]
     titles = ["model, GPUs", *parts]
-    titles += [f"**peak: {peak}**" for peak in peaks]
-    titles += ["fits in 80", "host, per node at the start", "host, rank 0 at a checkpoint"]
+    titles += [f"**peak: {peak}**" for peak in plan.peaks]
+    titles += [
+        "vllm's share",
+        "fits",
+        "host, per node at the start",
+        "host, rank 0 at a checkpoint",
+    ]
     rows = []
     for case in CASES:
-        n = parameters(case.shape)
-        parts, peaks = memory_and_peaks(case)
+        n = case.shape.size.parameters
+        plan = plan_of(case)
         cells = [case.label]
-        cells += [f"{size / 1e9:.1f}" for size in (*parts.values(), *peaks.values())]
+        cells += [f"{plan.parts[part] / 1e9:.1f}" for part in parts]
+        cells += [f"{peak / 1e9:.1f}" for peak in plan.peaks.values()]
+        cells.append(f"{plan.share:.2f}")
         cells.append("yes" if fits(case) else "**no**")
-        cells.append(f"{4 * n * GPUS_PER_NODE / 1e9:.0f}")
+        cells.append(f"{4 * n * case.gpus / 1e9:.0f}")
         cells.append(f"{12 * n / 1e9:.0f}")
         rows.append(cells)
     return table(titles, rows)
@@ -334,6 +411,7 @@ def seconds_table():
         "model, GPUs",
         "P",
         "answers at once per engine",
+        "imbalance",
         *STAGES,
         "**step**",
         "communication alone",
@@ -343,7 +421,7 @@ def seconds_table():
     rows = []
     for case in CASES:
         cells = [case.label, case.prompts]
-        cells += seconds_cells(case) if fits(case) else ["does not fit"] + [""] * 8
+        cells += seconds_cells(case) if fits(case) else ["does not fit"] + [""] * 9
         rows.append(cells)
     return table(titles, rows)
 
@@ -353,13 +431,14 @@ def seconds_cells(case):
     step = sum(took[stage] for stage in STAGES)
     return [
         f"{took['at once']:.0f}",
+        f"{took['imbalance']:.2f}",
         f"{took['rollout']:.0f}",
         f"{took['score']:.0f}",
         f"{took['update']:.0f}",
         f"{took['push']:.1f}",
         f"**{step:.0f}**",
         f"{took['communication']:.0f}",
-        f"{4 * parameters(case.shape) / 1e9:.0f}",
+        f"{4 * case.shape.size.parameters / 1e9:.0f}",
         f"{case.prompts * 8 * 4096 / step:,.0f}",
     ]
 
@@ -371,12 +450,14 @@ two CPU cores can show is in [scaling_measured.md](scaling_measured.md).
 
 ## Memory per GPU, GB
 
-FSDP2 as `policy.build_policy` makes it: float32 weights, gradients and AdamW states, bfloat16
-compute, activation checkpointing, 16,384 tokens per micro-batch, vLLM with
-`--rollout_gpu_memory 0.4`, asleep (level 2) in the update. Weights, gradients, optimizer and engine
-weights are exact; activations and the log-prob chunk are estimates, {overhead:.0f} GB of overhead
-an assumption. Nothing here was run on a GPU. Host: every rank loads float32 weights; a checkpoint
-gathers the weights and both AdamW states on rank 0.
+[memory.py](../../memory.py) by FSDP2: float32 weights, gradients and AdamW's averages, bfloat16
+compute, activation checkpointing, 16,384 tokens per micro-batch, prompts and answers of up to 2,048
+and 8,192 tokens, cards of {card:.0f} GB. vLLM has the share that train.py gives it, and sleeps
+(level 2) in the update. Weights, gradients, AdamW and engine weights are exact, activations are
+those that PyTorch keeps on a CPU, the log-prob chunk and one layer's gradients are estimates,
+{overhead:.0f} GB of overhead an assumption. The update's peak is the sum of parts that are not all
+largest at once. Nothing here was run on a GPU. Host: every rank loads float32 weights; a
+checkpoint gathers the weights and both averages on rank 0.
 
 {memory}
 
@@ -385,9 +466,12 @@ gathers the weights and both AdamW states on rank 0.
 G = 8, 8 updates, responses of 4,096 tokens on average and 8,192 at most, prompts of 256. Peaks of
 an H100: 989 TFLOP/s in bfloat16, 3.35 TB/s of memory, 450 GB/s of NVLink, 50 GB/s of network per
 GPU. **Assumed, not measured: {flops:.0%} of the FLOPs, {hbm:.0%} of the memory's and {links:.0%} of
-the links' bandwidth are reached, and communication hides behind compute.** Padding, verification
-and start-up are left out. From 32 to 64 GPUs P doubles: tokens per second do, seconds do not fall.
-7B on 32 GPUs would sample no faster with more engines: the longest answer bounds it.
+the links' bandwidth are reached, and communication hides behind compute.** Verification and
+start-up are left out. Imbalance: what score and update take longer than a perfect split without
+padding, as ranks wait for one another in every micro-batch; simulated with `policy.micro_batches`
+on lognormal lengths (spread {answer} around a prompt's, which spread by {prompt}). From 32 to 64
+GPUs P doubles: tokens per second do nearly, seconds do not fall. 7B on 32 GPUs would sample no
+faster with more engines: the longest answer bounds it.
 
 {seconds}
 
@@ -402,8 +486,10 @@ def write_on_paper():
         memory=memory_table(),
         seconds=seconds_table(),
         commands="\n".join(command(case) for case in CASES),
-        overhead=OVERHEAD / 1e9,
+        overhead=(OVERHEAD + VLLM_OVERHEAD) / 1e9,
+        card=ASSUMED_CARD / 1e9,
         **ASSUMED,
+        **SPREAD,
     )
     (RESULTS / "scaling.md").write_text(text)
 
@@ -686,7 +772,7 @@ def growth_table(folder):
         rows.append(
             [
                 name,
-                f"{parameters(shape) / 1e6:.1f} M",
+                f"{shape.size.parameters / 1e6:.1f} M",
                 f"{found['tokens']:.0f}",
                 f"{found['rollout']:.2f}",
                 f"{found['score']:.2f}",

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 import diagnose
+import memory
 import tiny
 import train
 from data import load_problems
@@ -73,16 +74,27 @@ UNTIED = dataclasses.replace(SMALL, tied=False, layers=3)
 
 
 @pytest.mark.parametrize("shape", [SMALL, UNTIED])
-def test_parameter_formula_counts_a_real_model(shape):
+def test_the_size_is_that_of_a_real_model(shape):
     model = AutoModelForCausalLM.from_config(scaling.qwen2_config(shape))
     layer = model.model.layers[0]
-    assert scaling.parameters(shape) == sum(p.numel() for p in model.parameters())
-    assert scaling.layer_parameters(shape) == sum(p.numel() for p in layer.parameters())
+    size = shape.size
+    assert size.parameters == sum(p.numel() for p in model.parameters())
+    assert size.layer == sum(p.numel() for p in layer.parameters())
+    assert size.root == size.parameters - size.layer * shape.layers
+    assert (size.tied, size.layers, size.vocab) == (shape.tied, shape.layers, shape.vocab)
+    assert (size.query, size.key_value, size.mlp) == (64, 32, 96)
 
 
-def test_parameter_formula_gives_the_published_sizes():
-    assert round(scaling.parameters(scaling.SEVEN) / 1e9, 1) == 7.6
-    assert round(scaling.parameters(scaling.THIRTY_TWO) / 1e9, 1) == 32.8
+def test_the_sizes_are_the_published_ones():
+    named = {
+        scaling.HALF: 0.49,
+        scaling.ONE_AND_A_HALF: 1.54,
+        scaling.THREE: 3.09,
+        scaling.SEVEN: 7.62,
+        scaling.THIRTY_TWO: 32.76,
+    }
+    for shape, billions in named.items():
+        assert round(shape.size.parameters / 1e9, 2) == billions
 
 
 def test_memory_formula_equals_the_bytes_held(tmp_path):
@@ -107,9 +119,9 @@ def test_memory_formula_equals_the_bytes_held(tmp_path):
     groups = {
         "weights": parameters,
         "gradients": [parameter.grad for parameter in parameters],
-        "optimizer": [tensor for tensor in states if tensor.ndim],  # AdamW's step counts are 0-d
+        "AdamW": [tensor for tensor in states if tensor.ndim],  # its step counts are 0-d
     }
-    parts, _ = scaling.memory_per_gpu(SMALL, ranks=1)
+    parts = scaling.memory_per_gpu(SMALL, ranks=1).parts
     for name, tensors in groups.items():
         assert parts[name] == sum(tensor.to_local().nbytes for tensor in tensors), name
 
@@ -143,9 +155,31 @@ def test_the_commands_on_paper_parse_and_32b_needs_two_nodes(monkeypatch):
         train.parse(shlex.split(scaling.command(case).split("train.py ")[1]))
     largest = {}
     for ranks in (8, 16):
-        _, peaks = scaling.memory_per_gpu(scaling.THIRTY_TWO, ranks, rollout_tp=4)
+        peaks = scaling.memory_per_gpu(scaling.THIRTY_TWO, ranks, rollout_tp=4).peaks
         largest[ranks] = max(peaks.values())
-    assert largest[16] < scaling.MEMORY < largest[8]
+    assert largest[16] < memory.ASSUMED_CARD < largest[8]
+
+
+def test_ranks_in_lock_step_wait_for_the_slowest():
+    """By hand: rows of 10 and 20 tokens, at most 20 in a micro-batch, on two ranks."""
+
+    def cost(count, length):
+        return count * scaling.flops_of_rows(SMALL, np.array(length))
+
+    # One rank needs a list for each row of 20; the other halves its list of two rows of 10.
+    lengths = [[20, 20], [10, 10]]
+    assert scaling.lock_step(SMALL, lengths, [0, 1], 20) == 2 * cost(1, 20)
+    # Two rows in one list are padded to the longer.
+    assert scaling.lock_step(SMALL, [[10, 20], [5, 5]], [0, 1], 40) == cost(2, 20)
+    one = scaling.imbalance(SMALL, 1, 64, 8, 1000, 2048, 50, 4)
+    eight = scaling.imbalance(SMALL, 8, 64, 8, 1000, 2048, 50, 4)
+    assert 1 < one < 1.2 < eight
+
+
+def test_drawn_lengths_have_the_wanted_mean():
+    lengths = scaling.draw_lengths(np.random.default_rng(0), 100, 8, response=500, longest=1000)
+    assert lengths.shape == (100, 8) and abs(lengths.mean() - 500) < 1
+    assert lengths.max() == 1000 and lengths.min() > 0
 
 
 def test_the_page_on_paper_is_what_the_formulas_give(tmp_path, monkeypatch):

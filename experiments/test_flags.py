@@ -551,7 +551,7 @@ FOR_ALL = dict(
     micro_batch_tokens=16384,
     activation_checkpointing=False,
     rollout_tp=1,
-    rollout_gpu_memory=0.4,
+    rollout_gpu_memory=0.0,
     eval_prompts=0,
     eval_temperature=1.0,
     out="runs",
@@ -608,6 +608,22 @@ def test_defaults_of_the_tiny_models_and_of_others(monkeypatch):
     assert parse(["--lr", "3e-3", "--model", "tiny-mini"]).save_every == 20
 
 
+def test_defaults_on_gpus(monkeypatch):
+    """Sharded and recomputed, on a single GPU too; what is given is used, and an evaluation, whose
+    policy stays on the CPU, is not sharded."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for words, parallel, recomputed in (
+        ("", "fsdp", True),
+        ("--model a/b", "fsdp", True),
+        ("--parallel ddp", "ddp", True),
+        ("--activation_checkpointing false", "fsdp", False),
+        ("--activation_checkpointing", "fsdp", True),
+        ("--steps 0", "ddp", False),
+    ):
+        cfg = parse([*words.split(), "--engine", "torch"])
+        assert (cfg.parallel, cfg.activation_checkpointing) == (parallel, recomputed), words
+
+
 def test_help_says_each_flag_and_its_default(capsys):
     with pytest.raises(SystemExit):
         parse(["--help"])
@@ -629,6 +645,7 @@ ZERO = {
     "eval_prompts",
     "seed",
     "record_step",
+    "rollout_gpu_memory",
 }
 NUMBERS = [name for name, value in (FOR_ALL | FOR_TINY).items() if type(value) in (int, float)]
 
@@ -768,7 +785,14 @@ OTHERS = dict(
     model="tiny-mini",
     overwrite=True,
 )
-MAY_CHANGE = {"save_every", "keep_checkpoints", "log_to", "record_step", "overwrite"}
+MAY_CHANGE = {
+    "save_every",
+    "keep_checkpoints",
+    "log_to",
+    "record_step",
+    "overwrite",
+    "rollout_gpu_memory",
+}
 
 
 def words_of(name, value):
@@ -997,8 +1021,8 @@ def test_methods_that_idle_with_one_update_are_warned_of(toy, tmp_path, capsys, 
 
 
 def test_times_are_those_of_the_stages(toy, tmp_path, monkeypatch, no_figures):
-    """A clock that only work moves: 1 for sampling, 100 for a forward, 10,000 for an optimizer's
-    step, 10^6 for a push."""
+    """A clock that only work moves: 1 for sampling, 50 for verifying, 100 for a forward, 10,000 for
+    an optimizer's step, 10^6 for a push."""
     clock = 0.0
     monkeypatch.setattr(time, "perf_counter", lambda: clock)
 
@@ -1013,13 +1037,21 @@ def test_times_are_those_of_the_stages(toy, tmp_path, monkeypatch, no_figures):
         monkeypatch.setattr(owner, name, counted)
 
     count(TorchEngine, "generate", 1)
+    count(verify, "score", 50)
     count(Policy, "forward", 100)
     count(torch.optim.AdamW, "step", 10_000)
     count(TorchEngine, "push_weights", 1_000_000)
     row = toy_run(toy, tmp_path, "run", "--steps 1 --eval_every 1")[1]
-    times = {name: value for name, value in row.items() if name.startswith("time/")}
-    expected = dict(rollout=1, score=200, update=20_300, push=1_000_000, step=1_020_501)
+    times = {name: value for name, value in row.items() if re.fullmatch("time/[a-z]+_s", name)}
+    expected = dict(rollout=51, score=200, update=20_300, push=1_000_000, step=1_020_551)
+    expected |= dict(sample=1, verify=50)
     assert times == {f"time/{name}_s": seconds for name, seconds in expected.items()}
+    tokens = row["response/len_mean"] * 32
+    for stage in ("rollout", "score", "update"):
+        assert row[f"time/{stage}_tokens_per_s"] == tokens / expected[stage]
+    assert row["time/imbalance"] == 1  # of one rank
+    assert 0 <= row["time/padding_frac"] < 0.5
+    assert not any(name.startswith("memory/") for name in row)
 
 
 def test_an_evaluation_of_several_sets_is_their_mean_and_of_counts_the_sum(
@@ -1098,8 +1130,7 @@ def test_where_metrics_are_sent(toy, tmp_path, monkeypatch, no_figures):
 
 
 def test_the_plan_reckons_what_it_says(toy, tmp_path, capsys, monkeypatch):
-    """Of a model of 0.2 billion parameters, by hand, in GiB; neither weights nor a folder are
-    needed."""
+    """Of a model of 0.2 billion parameters, by hand; neither weights nor a folder are needed."""
     config = Qwen2Config(
         hidden_size=1024,
         intermediate_size=2048,
@@ -1113,43 +1144,119 @@ def test_the_plan_reckons_what_it_says(toy, tmp_path, capsys, monkeypatch):
     for path in (toy / "model").glob("*token*"):
         shutil.copy(path, tmp_path / "model")
     layer = 1024 * 1024 * 2 + 1024 + 2 * (1024 * 256 + 256) + 3 * 1024 * 2048 + 2 * 1024
-    count = 100_000 * 1024 + 3 * layer + 1024
+    head = 100_000 * 1024
+    count = head + 3 * layer + 1024
+    root = head + 1024
 
     def plan(more=""):
+        """The text, and the bytes of each part and each peak in it."""
         words = "--dry_run --max_prompt_len 100 --max_response_len 900 --micro_batch_tokens 5000"
         words = f"--model {tmp_path}/model {words} {more}"
         train.main(toy_args(toy, tmp_path, "run", words))
         out = capsys.readouterr().out
         assert not (tmp_path / "run").exists() and out.count("---- prompt of 1 tokens") == 3
-        return out, [float(x) for x in re.findall(r"^ +([\d.]+)  ", out, re.MULTILINE)]
+        lines = re.findall(r"^ +([\d.]+)  (.*)$", out, re.MULTILINE)
+        return out, {name: float(number) * 2**30 for number, name in lines}
 
-    def check(found, *parts):
-        assert found == pytest.approx([part / 2**30 for part in (*parts, sum(parts))], abs=6e-4)
+    def check(found, **expected):
+        names = memory_names(found)
+        for name, number in expected.items():
+            assert found[names[name]] == pytest.approx(number, abs=6e5), name  # 0.0005 GiB
 
-    activation = 1000 * 1024 / 2  # of an answer of 1,000 tokens, a byte each
+    def memory_names(found):
+        short = {name.replace(" ", "_"): text for name, text in record.EXPLAINED.items()}
+        return short | {name.replace(" ", "_"): name for name in found}
+
     chunk = 20 * 512 * 100_000
+    row = 1000 * 2 * 3 * 256  # keys and values of an answer of 1,000 tokens, a byte each
     out, found = plan()
-    head = f"{count / 1e6:,.2f} M parameters, 1 ranks, --parallel ddp. GiB per rank:"
-    assert head in out and "in 2 updates; 2 steps" in out
-    check(found, 16 * count, 5 * 34 * 3 * activation * 4, chunk, 0, 4 * count)
+    head_line = f"{count / 1e6:,.2f} M parameters, 1 ranks, --parallel ddp, torch.float32, layers "
+    assert head_line + "kept for backward" in out and "in 2 updates; 2 steps" in out
+    kept = 24 * 1024 + 8 * 1024 + 8 * 256 + 16 * 2048  # norms, attention, MLP of a token and layer
+    more = 4 * (3 * 2048 + 2 * 1024)
+    parts = dict(
+        weights=4 * count,
+        gradients=4 * count,
+        AdamW=8 * count,
+        reference=0,
+        gathered_or_cast=0,
+        unreduced_gradients=4 * head,
+        activations=3 * kept * 5000,
+        one_layer=more * 5000,
+        engine_weights=4 * count,
+        overhead=2e9,
+        KV_cache=32 * (4 * row + 24 * 100_000),  # 8 prompts of 4 answers
+    )
+    parts["log-prob_chunk"] = chunk
+    check(found, **parts)
+    resident = 16 * count + 2e9 + 4 * count
+    update = resident + chunk + 4 * head + (3 * kept + more) * 5000
+    check(
+        found,
+        rollout=resident + parts["KV_cache"],
+        score=resident + chunk + kept * 5000,
+        update=update,
+        optimizer_step=resident,
+        push=resident + 8 * head,
+    )
     assert "8 prompts x 4 answers, at most 32,000 tokens" in out
     assert f"a checkpoint: {12 * count / 2**30:.3f} GiB; room for 4 is needed" in out
+    assert "each GPU has 74.5 GiB (assumed: there is no GPU here)" in out
+    assert "vllm's share" not in out
+
     words = "--method kl_loss --dtype bfloat16 --activation_checkpointing --keep_checkpoints 5"
     out, found = plan(f"{words} --updates_per_rollout 8")  # of four answers each
-    check(found, 16 * count, 4 * (2 * 3 + 34) * activation * 2, chunk, 4 * count, 2 * count)
-    assert "room for 7 is needed" in out
+    kept = 26 * 1024 + 4 * 1024 + 4 * 256 + 8 * 2048  # under autocast
+    more = 2 * (3 * 2048 + 2 * 1024)
+    check(found, activations=3 * 4 * 1024 * 4000, one_layer=(kept + more) * 4000)
+    check(found, reference=4 * count, gathered_or_cast=2 * count, engine_weights=2 * count)
+    check(found, unreduced_gradients=6 * head, KV_cache=32 * (2 * row + 24 * 100_000))
+    assert "room for 7 is needed" in out and "layers recomputed in backward" in out
     plan("--steps 0")  # the three prompts are those of the evaluation
     _, found = plan("--micro_batch_tokens 7")  # one answer at least
-    check(found, 16 * count, 34 * 3 * activation * 4, chunk, 0, 4 * count)
+    check(found, one_layer=4 * (3 * 2048 + 2 * 1024) * 1000)
+
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 4)
-    out, found = plan("--method kl_loss --parallel fsdp")
-    check(found, 4 * count, 4 * 34 * 3 * activation * 4, chunk, count, 4 * count)
+    out, found = plan("--method kl_loss --parallel fsdp --dtype bfloat16")
+    kept = 16 * 1024 + 4 * 1024 + 4 * 256 + 8 * 2048
+    check(found, weights=count, gradients=count, AdamW=2 * count, reference=count)
+    check(found, activations=3 * kept * 4000)
+    gathered = 2 * (2 * layer + root)
+    unreduced = 6 * (layer + root) + 2 * head
+    check(found, gathered_or_cast=gathered, unreduced_gradients=unreduced)
+    resident = 4 * count + 2e9 + 2 * count  # the gradients come in the update
+    check(found, optimizer_step=resident + count, score=resident + gathered + chunk + kept * 4000)
     assert "4 ranks, --parallel fsdp" in out
+
     monkeypatch.setattr(train, "resolve_engine", lambda name, tp: "vllm")
-    _, found = plan("--rollout_tp 2")
-    check(found, 16 * count, 4 * 34 * 3 * activation * 4, chunk, 0, 2 * count)
-    _, found = plan("--method kl_loss")
-    check(found, 16 * count, 4 * 34 * 3 * activation * 4, chunk, 4 * count, 4 * count)
+    out, found = plan("--rollout_tp 2 --parallel fsdp")
+    assert "vllm's share of it: 0.80, what the trainer leaves" in out
+    check(found, engine_weights=2 * count, KV_cache=0.8 * 80e9 - 2 * count - 2e9)
+    check(found, rollout=3 * count + 4e9 - 2e9 + 0.8 * 80e9)
+    out, found = plan("--parallel fsdp --rollout_gpu_memory 0.25")  # vllm sleeps in the update
+    assert "vllm's share of it: 0.25, as given" in out
+    check(found, optimizer_step=4 * count + 4e9)
+
+
+def test_a_run_that_cannot_fit_is_refused_before_its_model_is_built(
+    toy, tmp_path, monkeypatch, capsys
+):
+    """Where there are GPUs. Elsewhere the plan of --dry_run says it."""
+    built = []
+    monkeypatch.setattr(train, "build_policy", lambda *_: built.append(1))
+    monkeypatch.setattr(train, "card_memory", lambda device: 2e9)  # less than the contexts take
+    plan_run = train.plan_run
+
+    def on_a_gpu(cfg, config, device, *more, **options):
+        return plan_run(cfg, config, torch.device("cuda"), *more, **options)
+
+    monkeypatch.setattr(train, "plan_run", on_a_gpu)
+    with pytest.raises(SystemExit):
+        toy_run(toy, tmp_path, "run")
+    assert (
+        "weights, gradients and AdamW take 2.0 GB of each GPU's 2.0 GB" in capsys.readouterr().err
+    )
+    assert not built and not (tmp_path / "run").exists()
 
 
 # ---- the model and the engine --------------------------------------------------------------------
@@ -1208,7 +1315,7 @@ def test_what_the_engine_and_the_policy_are_told(plain, toy, tmp_path, monkeypat
     assert (name, model) == ("torch", f"{toy}/model") and a["max_model_len"] == 8 + 6
     assert a["stop_ids"] == {tiny.VOCAB[tiny.EOS]} and b["dtype"] == torch.bfloat16
     assert a["dtype"] == (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-    assert (a["gpu_memory_utilization"], b["gpu_memory_utilization"]) == (0.4, 0.7)
+    assert (a["gpu_memory_utilization"], b["gpu_memory_utilization"]) == (0.8, 0.7)
     assert a["tensor_parallel_size"] == 1
     assert (a["trust_remote_code"], b["trust_remote_code"]) == (False, True)
 
@@ -1241,3 +1348,21 @@ def test_answers_end_at_every_end_that_the_model_names(toy, tmp_path, no_figures
         answers = recorded(tmp_path / name)
         assert {a["response"][-1] for a in answers if not a["truncated"]} == ends
         assert not any(set(a["response"][:-1]) & ends for a in answers)
+
+
+def test_answers_end_where_the_chat_template_ends_a_turn(toy, tmp_path, monkeypatch, no_figures):
+    """A base model's end of text may be another token than the one that its template writes."""
+    shutil.copytree(toy / "model", tmp_path / "model")
+    template = "{% for m in messages %}{{ m.content }}"
+    template += "{% if m.role == 'assistant' %}<pad>{% endif %}{% endfor %}"
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    told = []
+    make_engine = train.make_engine
+
+    def engine(*args, **options):
+        told.append(options["stop_ids"])
+        return make_engine(*args, **options)
+
+    monkeypatch.setattr(train, "make_engine", engine)
+    flag_run(toy, tmp_path, "run", f"--model {tmp_path}/model --steps 0")
+    assert told == [{tiny.VOCAB[tiny.EOS], tiny.VOCAB[tiny.PAD]}]

@@ -566,9 +566,11 @@ def test_a_vllm_engine_would_leave_the_generators_alone():
 def test_the_environment_of_plain_python(monkeypatch):
     """A world of one rank on a free port; what torchrun or the user has set stays."""
     names = "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
-    for name in [*names, "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"]:
+    of_vllm = ["VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL", "VLLM_NO_USAGE_STATS"]
+    for name in names + of_vllm:
         monkeypatch.delenv(name, raising=False)
     prepare_environment()
+    assert os.environ["VLLM_NO_USAGE_STATS"] == "1"
     found = [os.environ[name] for name in [*names[:4], "VLLM_ENABLE_V1_MULTIPROCESSING"]]
     assert found == ["0", "0", "1", "127.0.0.1", "0"]
     with socket.socket() as probe:
@@ -714,6 +716,8 @@ def test_what_vllm_is_asked_for_and_what_becomes_of_it(fake_vllm):
     gpu = VllmEngine("folder", device="cuda:0", gpu_memory_utilization=0.25, **options)
     assert gpu.llm.options["gpu_memory_utilization"] == 0.25
     assert gpu.llm.options["enable_sleep_mode"] is True
+    del options["max_rows"]
+    assert VllmEngine("folder", device="cuda:0", **options).llm.options["max_num_seqs"] == 1024
     assert states_of_all() == before
     gpu.sleep()
     assert gpu.llm.calls == [("sleep", {"level": 2})]
