@@ -37,6 +37,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 
 import tiny
@@ -75,6 +76,7 @@ from record import (
 from rollout import (
     BATCH_EDITS,
     answer_metrics,
+    check_mismatch,
     collate,
     evaluate,
     make_engine,
@@ -301,7 +303,7 @@ def clear_errors():
     except (ValueError, OSError) as error:
         if os.environ["LOCAL_RANK"] == "0":
             one_line = " ".join(str(error).split())
-            print(f"train.py: error: {one_line}", file=sys.stderr, flush=True)
+            tqdm.write(f"train.py: error: {one_line}", file=sys.stderr)  # not beside a bar
         raise SystemExit(2) from None
 
 
@@ -499,7 +501,8 @@ def load_tokenizer(base, cfg):
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=cfg.trust_remote_code)
     model_config = AutoConfig.from_pretrained(base, trust_remote_code=cfg.trust_remote_code)
     longest = cfg.max_prompt_len + cfg.max_response_len
-    if longest > getattr(model_config, "max_position_embeddings", longest):
+    text_config = model_config.get_text_config()  # of a model that reads images, too
+    if longest > getattr(text_config, "max_position_embeddings", longest):
         raise ValueError(
             f"--max_prompt_len + --max_response_len, {longest}, is more than the positions of "
             f"{base}"
@@ -739,7 +742,8 @@ def main(argv=None):
         load_optimizer(policy, optimizer, state.pop("optimizer"))
     ddp_policy = wrap_ddp(policy, cfg)
     reference = build_policy(base, cfg, device, dtype) if ref_names else None
-    engine = start_engine(base, policy, tokenizer, cfg, device, dtype)
+    with clear_errors():
+        engine = start_engine(base, policy, tokenizer, cfg, device, dtype)
 
     run_log = RunLog(folder, cfg, state["step"], rank, first_prompt(tokenizer, prompts, eval_sets))
     warn_if_idle(run_log, cfg)
@@ -750,7 +754,8 @@ def main(argv=None):
     failures = 0
     interrupted = False
 
-    for step in range(state["step"] + 1, cfg.steps + 1):
+    first_step = state["step"] + 1
+    for step in range(first_step, cfg.steps + 1):
         # What a method draws depends on seed, step and rank only: the same after --resume.
         torch.manual_seed(hash((cfg.seed, step, rank)) % 2**63)
         watch = Stopwatch()
@@ -783,6 +788,9 @@ def main(argv=None):
         if reference:
             ref = batch_statistics(reference, batch, ref_names, budget, cfg.updates_per_rollout)
         metrics |= mismatch_metrics(batch, old["log_probs"])
+        if step == first_step:
+            with clear_errors():
+                check_mismatch(metrics, model_config.model_type, dtype)
         metrics |= batch_entropy_metrics(batch, old, cfg)
         if cfg.method in CONTROLLERS:
             rule = CONTROLLERS[cfg.method]
