@@ -57,10 +57,11 @@ class Policy(nn.Module):
         self.autocast = autocast
         self.chunk_tokens = chunk_tokens
         self.logit_scale, self.logit_cap = logit_changes(model.config.get_text_config())
-        # What reads images or sound gets no gradient from text, for which DDP would wait forever.
-        model.requires_grad_(False)
-        decoder_of(model).requires_grad_(True)
-        model.get_output_embeddings().requires_grad_(True)
+        # What reads images or sound gets no gradient from text, and DDP would wait for one.
+        text_parts = (decoder_of(model), model.get_output_embeddings())
+        trained = {parameter for part in text_parts for parameter in part.parameters()}
+        for parameter in set(model.parameters()) - trained:
+            parameter.requires_grad = False
 
     def forward(self, ids, prompt_lens, response_mask, wanted=("log_probs",)):
         """The wanted entropy.STATISTICS of the response tokens, {name: (B, T) float32}, 0 on
@@ -161,6 +162,17 @@ def checkpoint_activations(model, layers):
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in layers:
         layer.training = True
+
+
+def check_gradients(ddp_policy):
+    """ValueError if a weight has no gradient after the backward: DDP has then exchanged none of
+    those that share a bucket with it."""
+    for name, parameter in ddp_policy.named_parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            raise ValueError(
+                f"the answers gave {name.removeprefix('module.model.')} no gradient, and DDP needs "
+                "one for every weight: use --parallel fsdp"
+            )
 
 
 def shard(policy, layers, device, dtype):

@@ -766,8 +766,8 @@ def check_mismatch(metrics, architecture, dtype):
         name = str(dtype).removeprefix("torch.")
         raise ValueError(
             f"{architecture}: engine and trainer differ by {mean:.2g} nats per token, more than "
-            f"rounding in {name} explains ({limit:g}), so they do not compute the same model and "
-            "nothing was trained: try the other --engine, or another model"
+            f"rounding in {name} explains ({limit:g}), so they do not compute the same model, and "
+            "no update is taken: try the other --engine, or another model"
         )
 
 

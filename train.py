@@ -58,6 +58,7 @@ from policy import (
     agree_on_micro_batches,
     batch_statistics,
     build_policy,
+    check_gradients,
     entropy_after,
     full_tensors,
     max_over_ranks,
@@ -688,6 +689,9 @@ def update(ddp_policy, optimizer, batch, tensors, rows, knobs, cfg):
         metrics = {"train/loss": loss.detach(), "policy/kl_to_rollout": kl, **metrics}
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + value
+    if cfg.parallel == "ddp":
+        with clear_errors():
+            check_gradients(ddp_policy)
 
     grad_norm = torch.nn.utils.clip_grad_norm_(ddp_policy.parameters(), cfg.grad_clip)
     if isinstance(grad_norm, DTensor):
