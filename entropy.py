@@ -153,11 +153,15 @@ STATISTICS = {
 }
 
 
-def token_statistics(hidden, head, tokens, temperature, wanted, chunk_tokens=512):
+def token_statistics(
+    hidden, head, tokens, temperature, wanted, chunk_tokens=512, logit_scale=1.0, logit_cap=None
+):
     """The wanted STATISTICS of N tokens, without ever holding (N, V).
 
     hidden (N, D): the state that predicts each token; head: a function (n, D) -> (n, V), with
-    float32_logits; tokens (N,): ids. Returns {name: (N,) float32}.
+    float32_logits; tokens (N,): ids. logit_scale, logit_cap: of a model that changes its logits z
+    after the head, to scale * z (Cohere, Granite) or cap * tanh(z / cap) (Gemma 2). Returns {name:
+    (N,) float32}.
 
     The temperature divides the logits, once, before the softmax: dividing log-probs by it gives
     another distribution. With gradient, each chunk's logits are computed again in backward
@@ -165,8 +169,12 @@ def token_statistics(hidden, head, tokens, temperature, wanted, chunk_tokens=512
     """
 
     def one_chunk(hidden, tokens):
-        logits = head(hidden).float() / temperature
-        log_p = torch.log_softmax(logits, dim=-1)
+        logits = head(hidden).float()
+        if logit_scale != 1:
+            logits = logit_scale * logits
+        if logit_cap:
+            logits = logit_cap * torch.tanh(logits / logit_cap)
+        log_p = torch.log_softmax(logits / temperature, dim=-1)
         return tuple(STATISTICS[name](log_p, tokens) for name in wanted)
 
     chunks = []

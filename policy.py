@@ -13,15 +13,36 @@ from safetensors import SafetensorError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from entropy import token_statistics, use_float32_logits
 
 # ---- the model -----------------------------------------------------------------------------------
 
-# Settings of a model that change its logits after the head.
-LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+def decoder_of(model):
+    """The part of a model that turns text into the states before its head. ValueError if it is not
+    known."""
+    decoder = model.get_decoder()
+    if decoder is model:
+        decoder = model.model  # Llama 4: transformers finds no part of it
+    if not isinstance(decoder, PreTrainedModel):
+        raise ValueError(
+            f"{model.config.model_type} has more between its decoder and its logits than one "
+            "matrix, which Policy.forward does not compute: choose another model"
+        )
+    return decoder
+
+
+def logit_changes(config):
+    """(scale, cap): the logits are cap * tanh(scale * z / cap) for the head's z; cap None: scale *
+    z."""
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    scale *= getattr(config, "lm_head_multiplier", None) or 1.0  # Falcon H1
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite, MiniCPM
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2 and 4
+    return scale, cap
 
 
 class Policy(nn.Module):
@@ -35,13 +56,13 @@ class Policy(nn.Module):
         self.temperature = temperature
         self.autocast = autocast
         self.chunk_tokens = chunk_tokens
-        for name in LOGIT_CHANGES:
-            if getattr(model.config, name, None) not in (None, 1):
-                raise ValueError(
-                    f"{model.config.model_type} changes its logits after the head ({name}), which "
-                    "Policy.forward does not do: add it to token_statistics or choose another model"
-                )
         use_float32_logits(model)
+        self.logit_scale, self.logit_cap = logit_changes(model.config.get_text_config())
+        # What reads images or sound gets no gradient from text, and DDP would wait for one.
+        text_parts = (decoder_of(model), model.get_output_embeddings())
+        trained = {parameter for part in text_parts for parameter in part.parameters()}
+        for parameter in set(model.parameters()) - trained:
+            parameter.requires_grad = False
 
     def forward(self, ids, prompt_lens, response_mask, wanted=("log_probs",)):
         """The wanted entropy.STATISTICS of the response tokens, {name: (B, T) float32}, 0 on
@@ -55,7 +76,7 @@ class Policy(nn.Module):
         position = prompt_lens[row] + column
         use_autocast = self.autocast != torch.float32
         with torch.autocast(ids.device.type, self.autocast, enabled=use_autocast):
-            output = self.model.base_model(input_ids=ids, use_cache=False)
+            output = decoder_of(self.model)(input_ids=ids, use_cache=False)
             hidden = output.last_hidden_state  # (B, L, D)
             found = token_statistics(
                 hidden[row, position - 1],  # the state before a token predicts it
@@ -64,6 +85,8 @@ class Policy(nn.Module):
                 self.temperature,
                 wanted,
                 self.chunk_tokens,
+                self.logit_scale,
+                self.logit_cap,
             )
         padding = torch.zeros(response_mask.shape, device=ids.device)
         return {name: padding.index_put((row, column), values) for name, values in found.items()}
@@ -118,12 +141,30 @@ def load_model(path, trust_remote_code):
             f"{path} does not hold {first} ...: its weights are of another model than its "
             "config.json"
         )
+    head = model.get_output_embeddings()
+    says_tied = getattr(model.config, "tie_word_embeddings", False)
+    if says_tied and head.weight is not model.get_input_embeddings().weight:
+        raise ValueError(
+            f"{path} holds a head that is not its embeddings, but its config.json says that they "
+            'are one: write "tie_word_embeddings": false there, or the engine would tie them'
+        )
     return model
 
 
 def decoder_layers(model):
-    names = model._no_split_modules or ()
-    return [module for module in model.modules() if type(module).__name__ in names]
+    """The layers of the decoder: its list of modules with the most parameters. ValueError if it has
+    no list."""
+    lists = [part for part in decoder_of(model).modules() if isinstance(part, nn.ModuleList)]
+    if not lists:
+        raise ValueError(
+            f"{model.config.model_type} keeps no list of layers to shard or to checkpoint: "
+            "choose another model"
+        )
+    return max(lists, key=number_of_parameters)
+
+
+def number_of_parameters(module):
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def checkpoint_activations(model, layers):
@@ -131,6 +172,17 @@ def checkpoint_activations(model, layers):
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in layers:
         layer.training = True
+
+
+def check_gradients(ddp_policy):
+    """ValueError if a weight has no gradient after the backward: DDP has then exchanged none of
+    those that share a bucket with it."""
+    for name, parameter in ddp_policy.named_parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            raise ValueError(
+                f"the answers gave {name.removeprefix('module.model.')} no gradient, and DDP needs "
+                "one for every weight: use --parallel fsdp"
+            )
 
 
 def shard(policy, layers, device, dtype):

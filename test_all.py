@@ -7,6 +7,7 @@ Order: losses, task and verifier, entropy, sampling, diagnosis, whole runs, READ
 """
 
 import ast
+import copy
 import gzip
 import importlib.util
 import inspect
@@ -46,7 +47,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, Qwen2Config
 
 import data
 import diagnose
@@ -3629,11 +3630,100 @@ def test_policy_scores_as_the_model_does_one_row_at_a_time(kind):
         assert (found["log_probs"][i, n:] == 0).all()
 
 
-def test_policy_refuses_models_that_change_their_logits():
-    model = random_model()
-    model.config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match="softcapping"):
-        policy.Policy(model, 1.0)
+CHANGED_LOGITS = {  # model_type: (the setting that changes logits after the head, others)
+    "cohere": ({"logit_scale": 0.25}, {}),
+    "granite": ({"logits_scaling": 8.0}, {}),
+    "gemma2": ({"final_logit_softcapping": 2.0}, {"head_dim": 8}),
+    "falcon_h1": (
+        {"lm_head_multiplier": 0.3},
+        dict(mamba_n_heads=8, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_d_ssm=64),
+    ),
+    "gemma4": (  # its settings stand in a text_config
+        {"final_logit_softcapping": 2.0},
+        dict(head_dim=8, global_head_dim=8, hidden_size_per_layer_input=0),
+    ),
+}
+
+
+@pytest.mark.parametrize("model_type", CHANGED_LOGITS)
+def test_logits_that_a_model_changes_after_its_head(model_type):
+    """Every statistic, at a temperature, is that of the logits which the model itself gives."""
+    change, others = CHANGED_LOGITS[model_type]
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, vocab_size=32)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.5)
+    settings = sizes | heads | others | change
+    if model_type == "gemma4":
+        settings = dict(text_config=settings, vision_config=None, audio_config=None)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, pad_token_id=0, eos_token_id=1, **settings)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.randint(2, 32, (1, 9))
+    mask = torch.ones(1, 6, dtype=torch.bool)
+    wanted = list(entropy.STATISTICS)
+    with torch.no_grad():
+        found = policy.Policy(model, 0.7)(ids, torch.tensor([3]), mask, wanted)
+        log_p = torch.log_softmax(model(ids).logits[0, 2:-1] / 0.7, -1)
+        for name, values in found.items():
+            expected = entropy.STATISTICS[name](log_p, ids[0, 3:])
+            assert torch.allclose(values[0], expected, atol=1e-5), name
+        without = policy.Policy(model, 0.7)
+        without.logit_scale, without.logit_cap = 1.0, None
+        plain = without(ids, torch.tensor([3]), mask)["log_probs"]
+        assert (plain - found["log_probs"]).abs().max() > 0.05  # so the change is seen
+
+
+def test_a_head_that_is_not_tied_though_the_config_says_so(tmp_path):
+    model = random_model()  # tied
+    model.save_pretrained(tmp_path)
+    assert policy.load_model(tmp_path, False).lm_head.weight.shape == (32, 32)
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = False
+    untied = AutoModelForCausalLM.from_config(config)
+    untied.save_pretrained(tmp_path)
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='a head that is not its.*"tie_word_embeddings": false'):
+        policy.load_model(tmp_path, False)
+    model.save_pretrained(tmp_path)  # and the reverse: no head, but the config wants one
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="does not hold lm_head.weight"):
+        policy.load_model(tmp_path, False)
+
+
+def test_models_of_images_and_text_train_their_text_part():
+    """DDP would wait for gradients of the rest. The layers that FSDP2 shards are the text's, though
+    those of the eyes are more."""
+    text = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, vocab_size=32, head_dim=8
+    )
+    eyes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2)
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=eyes)
+    model = AutoModelForCausalLM.from_config(config)
+    scorer = policy.Policy(model, 1.0)
+    ids = torch.randint(2, 32, (2, 9))
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    scorer(ids, torch.tensor([3, 3]), mask)["log_probs"].sum().backward()
+    names = dict(model.named_parameters())
+    frozen = {name for name, parameter in names.items() if not parameter.requires_grad}
+    seeing = ("vision_tower", "multi_modal_projector")
+    assert frozen == {name for name in names if any(part in name for part in seeing)}
+    assert len(frozen) > 10
+    policy.check_gradients(scorer)
+    layers = policy.decoder_layers(model)
+    assert [type(layer).__name__ for layer in layers] == ["Gemma3DecoderLayer"] * 2
+    names["lm_head.weight" if "lm_head.weight" in names else list(names)[-1]].grad = None
+    with pytest.raises(ValueError, match="no gradient.*--parallel fsdp"):
+        policy.check_gradients(scorer)
+
+
+def test_layers_are_found_where_transformers_names_none():
+    """FSDP2 would wrap nothing layer by layer, and the whole model would be gathered at once."""
+    config = AutoConfig.for_model("ctrl", vocab_size=32, n_embd=32, dff=32, n_layer=3, n_head=2)
+    model = AutoModelForCausalLM.from_config(config)
+    assert not model._no_split_modules
+    assert policy.decoder_layers(model) is model.transformer.h
+    model.transformer.h = torch.nn.Sequential(*model.transformer.h)
+    with pytest.raises(ValueError, match="ctrl keeps no list of layers"):
+        policy.decoder_layers(model)
 
 
 def test_entropy_after_is_the_change_on_the_first_answers():
@@ -5408,6 +5498,85 @@ def test_a_full_disk_leaves_the_last_checkpoint(toy, tmp_path, monkeypatch):
     left = ["checkpoint-1", "config.json", "eval-digits.json", "metrics.jsonl"]
     assert sorted(path.name for path in (tmp_path / "full").iterdir()) == left
     assert len(toy_run(toy, tmp_path, "full", args, "--resume")) == 3
+
+
+def off_by(error):
+    """generate of an engine whose log-probs are that much too high: it computes another model."""
+    generate = rollout.TorchEngine.generate
+
+    def off(*args, **kwargs):
+        ids, log_probs, truncated = generate(*args, **kwargs)
+        return ids, [[x + error for x in row] for row in log_probs], truncated
+
+    return off
+
+
+@pytest.mark.parametrize(
+    "dtype, error, refused",
+    [("float32", 9e-4, 0), ("float32", 1.1e-3, 1), ("bfloat16", 0.08, 0), ("bfloat16", 0.12, 1)],
+)
+def test_a_model_that_is_scored_otherwise_than_sampled_is_not_trained(
+    dtype, error, refused, toy, tmp_path, monkeypatch, capsys, no_figures
+):
+    """Neither from the start nor after --resume: it ends before the first update."""
+    args = f"--dtype {dtype} --save_every 1 --eval_data none --temperature 0.7"
+    toy_run(toy, tmp_path, "resumed", args, "--steps 1")
+    monkeypatch.setattr(rollout.TorchEngine, "generate", off_by(error))
+    updates = Mock(side_effect=train.update)
+    monkeypatch.setattr(train, "update", updates)
+    for name, more in (("new", ""), ("resumed", "--resume")):
+        words = toy_args(toy, tmp_path, name, args, "--steps 2", *more.split())
+        updates.reset_mock()
+        if not refused:
+            train.main(words)
+            assert updates.called
+            continue
+        before = saved(tmp_path / name)
+        with pytest.raises(SystemExit) as end:
+            train.main(words)
+        assert end.value.code == 2 and not updates.called
+        dist.destroy_process_group()
+        lines = re.findall(r"train\.py: error: (.*)", capsys.readouterr().err)
+        assert len(lines) == 1
+        assert re.match(r"gpt2: engine and trainer differ by 0\.\d+ nats per token, more", lines[0])
+        assert saved(tmp_path / name) == before
+        assert len(read_metrics(tmp_path / name)) == len(before)
+
+
+def test_a_mismatch_that_comes_later_is_warned_of(toy, tmp_path, monkeypatch, capsys, no_figures):
+    """The check is for an architecture or for a push that is wrong from the start."""
+    generate = rollout.TorchEngine.generate
+    wrong = off_by(0.2)
+    calls = []
+
+    def later(*args, **kwargs):
+        calls.append(args)
+        return (generate if len(calls) == 1 else wrong)(*args, **kwargs)
+
+    monkeypatch.setattr(rollout.TorchEngine, "generate", later)
+    rows = toy_run(toy, tmp_path, "late", "--eval_data none")
+    assert rows[0]["rollout/mismatch_mean"] < 1e-6 and rows[1]["rollout/mismatch_mean"] > 0.1
+    assert "warning: engine and trainer differ" in capsys.readouterr().err
+
+
+def test_positions_of_a_composite_configuration(tmp_path):
+    text = dict(hidden_size=32, max_position_embeddings=64)
+    AutoConfig.for_model("gemma3", text_config=text).save_pretrained(tmp_path)
+    tiny.make_tokenizer().save_pretrained(tmp_path)
+    cfg = types.SimpleNamespace(trust_remote_code=False, max_prompt_len=40, max_response_len=24)
+    train.load_tokenizer(tmp_path, cfg)
+    cfg.max_response_len = 25
+    with pytest.raises(ValueError, match="65, is more than the positions"):
+        train.load_tokenizer(tmp_path, cfg)
+
+
+def test_an_architecture_without_a_cache_to_share_is_refused(tmp_path, capsys, toy):
+    config = AutoConfig.for_model("openai-gpt", vocab_size=32, n_embd=32, n_layer=1, n_head=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny.make_tokenizer().save_pretrained(tmp_path)
+    error = complaint_of(toy, tmp_path, "run", capsys, "--model", f"{tmp_path}")
+    assert "openai-gpt keeps no cache that --engine torch could share" in error
+    assert not (tmp_path / "run").exists()
 
 
 def cut(path):

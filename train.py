@@ -38,6 +38,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
 
 import tiny
@@ -59,6 +60,7 @@ from policy import (
     agree_on_micro_batches,
     batch_statistics,
     build_policy,
+    check_gradients,
     entropy_after,
     full_tensors,
     max_over_ranks,
@@ -79,6 +81,7 @@ from record import (
 from rollout import (
     BATCH_EDITS,
     answer_metrics,
+    check_mismatch,
     collate,
     evaluate,
     make_engine,
@@ -322,7 +325,7 @@ def clear_errors():
     except (ValueError, OSError) as error:
         if os.environ["LOCAL_RANK"] == "0":
             one_line = " ".join(str(error).split())
-            print(f"train.py: error: {one_line}", file=sys.stderr, flush=True)
+            tqdm.write(f"train.py: error: {one_line}", file=sys.stderr)  # not beside a bar
         raise SystemExit(2) from None
 
 
@@ -520,7 +523,8 @@ def load_tokenizer(base, cfg):
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=cfg.trust_remote_code)
     model_config = AutoConfig.from_pretrained(base, trust_remote_code=cfg.trust_remote_code)
     longest = cfg.max_prompt_len + cfg.max_response_len
-    if longest > getattr(model_config, "max_position_embeddings", longest):
+    text_config = model_config.get_text_config()  # of a model that reads images, too
+    if longest > getattr(text_config, "max_position_embeddings", longest):
         raise ValueError(
             f"--max_prompt_len + --max_response_len, {longest}, is more than the positions of "
             f"{base}"
@@ -746,6 +750,9 @@ def update(ddp_policy, optimizer, batch, tensors, rows, knobs, cfg):
         metrics = {"train/loss": loss.detach(), "policy/kl_to_rollout": kl, **metrics}
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + value
+    if cfg.parallel == "ddp":
+        with clear_errors():
+            check_gradients(ddp_policy)
 
     grad_norm = torch.nn.utils.clip_grad_norm_(ddp_policy.parameters(), cfg.grad_clip)
     if isinstance(grad_norm, DTensor):
@@ -799,7 +806,8 @@ def main(argv=None):
         load_optimizer(policy, optimizer, state.pop("optimizer"))
     ddp_policy = wrap_ddp(policy, cfg)
     reference = build_policy(base, cfg, device, dtype) if ref_names and cfg.steps else None
-    engine = start_engine(base, policy, tokenizer, cfg, device, dtype, plan.share)
+    with clear_errors():
+        engine = start_engine(base, policy, tokenizer, cfg, device, dtype, plan.share)
 
     run_log = RunLog(folder, cfg, state["step"], rank, first_prompt(tokenizer, prompts, eval_sets))
     warn_if_idle(run_log, cfg)
@@ -812,7 +820,8 @@ def main(argv=None):
     failures = 0
     interrupted = False
 
-    for step in range(state["step"] + 1, cfg.steps + 1):
+    first_step = state["step"] + 1
+    for step in range(first_step, cfg.steps + 1):
         # What a method draws depends on seed, step and rank only: the same after --resume.
         torch.manual_seed(hash((cfg.seed, step, rank)) % 2**63)
         watch = Stopwatch(device)
@@ -846,6 +855,9 @@ def main(argv=None):
             ref = batch_statistics(reference, batch, ref_names, budget, cfg.updates_per_rollout)
         metrics |= padding_metrics(batch["lengths"].tolist(), budget, cfg.updates_per_rollout)
         metrics |= mismatch_metrics(batch, old["log_probs"])
+        if step == first_step:
+            with clear_errors():
+                check_mismatch(metrics, model_config.model_type, dtype)
         metrics |= batch_entropy_metrics(batch, old, cfg)
         if cfg.method in CONTROLLERS:
             rule = CONTROLLERS[cfg.method]

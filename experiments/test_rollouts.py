@@ -35,6 +35,7 @@ from data import Problem, load_problems, render, render_all
 from diagnose import read_metrics
 from policy import micro_batches
 from rollout import (
+    LARGEST_MISMATCH,
     TorchEngine,
     VllmEngine,
     collate,
@@ -97,6 +98,7 @@ def disturb(patch):
         return ids, [[disturbed(x) for x in row] for row in log_probs], truncated
 
     patch.setattr(TorchEngine, "generate", with_other_log_probs)
+    patch.setitem(LARGEST_MISMATCH, torch.float32, 1.0)
     patch.setitem(RULES, "countdown", slow_judge)
 
 

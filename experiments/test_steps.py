@@ -599,6 +599,7 @@ def test_a_mismatch_recomputed_from_what_the_run_wrote(toy, tmp_path, monkeypatc
         return ids, off, truncated
 
     monkeypatch.setattr(rollout.TorchEngine, "generate", distorted)
+    monkeypatch.setitem(rollout.LARGEST_MISMATCH, torch.float32, 1.0)
     knobs = STEP_KNOBS["grpo"]
     toy_run(toy, tmp_path, "run", *step_args("grpo", knobs, "--tis_cap 1.2"))
     seen = check_step(tmp_path / "run", "grpo", knobs, cap=1.2)
