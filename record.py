@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from data import preview
 from diagnose import SUSPICIOUS, plot_curves, read_metrics, usual_panels
 from losses import CONTROLLERS
-from policy import full_tensors
+from policy import adapter_tensors, add_lora, full_tensors
 
 # ---- files ---------------------------------------------------------------------------------------
 
@@ -82,7 +82,8 @@ def checkpoints(folder):
 
 
 def save_checkpoint(folder, policy, optimizer, tokenizer, state, keep):
-    """A Hugging Face folder with the optimizer and the counters beside it. A collective.
+    """A Hugging Face folder with the optimizer and the counters beside it, and with LoRA the
+    adapters, which the folder's weights have merged. A collective.
 
     Complete or absent: it is written under another name, then renamed. Gathered on rank 0, so that
     it can be resumed with another number of ranks. The newest `keep` stay, and the one of best
@@ -91,6 +92,7 @@ def save_checkpoint(folder, policy, optimizer, tokenizer, state, keep):
     weights = {}
     for name, tensor in full_tensors(policy.model):
         weights[name] = tensor.cpu() if on_rank_0 else None
+    adapters = adapter_tensors(policy.model)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     optimizer_state = get_optimizer_state_dict(policy, optimizer, options=options)
     if on_rank_0:
@@ -100,6 +102,8 @@ def save_checkpoint(folder, policy, optimizer, tokenizer, state, keep):
             policy.model.save_pretrained(unfinished, state_dict=weights)
             tokenizer.save_pretrained(unfinished)
             trainer_state = state | {"optimizer": optimizer_state, "run": folder.name}
+            if adapters:
+                trainer_state["adapters"] = adapters
             torch.save(trainer_state, unfinished / "trainer_state.pt")
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of the three
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -204,7 +208,7 @@ def check_resume(cfg, folder):
     may_change = set(MAY_CHANGE_ON_RESUME)
     if cfg.method not in CONTROLLERS:  # a controller's schedule depends on --steps
         may_change.add("steps")
-    before = json.loads((folder / "config.json").read_text())
+    before = {"lora_rank": 0} | json.loads((folder / "config.json").read_text())
     changed = []
     for name, value in vars(cfg).items():
         old_value = before.get(name, value)  # a run of before a flag was added lacks it
@@ -435,7 +439,11 @@ def plan(cfg, model_config, ranks, dtype, with_reference):
         model = AutoModelForCausalLM.from_config(
             model_config, trust_remote_code=cfg.trust_remote_code
         )
-    count = sum(parameter.numel() for parameter in model.parameters())
+        count = sum(parameter.numel() for parameter in model.parameters())
+        if cfg.lora_rank:
+            add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed, dtype)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = count if cfg.lora_rank else 0
     shape = model_config.get_text_config()
     layers = shape.num_hidden_layers
     shards = ranks if cfg.parallel == "fsdp" else 1
@@ -444,14 +452,16 @@ def plan(cfg, model_config, ranks, dtype, with_reference):
     update_tokens = step_tokens // (cfg.updates_per_rollout * ranks)
     tokens = min(max(cfg.micro_batch_tokens, longest), update_tokens)  # of a micro-batch
     kept = 2 * layers + 34 if cfg.activation_checkpointing else 34 * layers
-    checkpoint = 12 * count
-    weights = 16 * count / shards
+    checkpoint = 12 * trained + 4 * frozen
+    weights = 16 * trained / shards
+    frozen_base = dtype.itemsize * frozen / shards
     activations = kept * tokens * shape.hidden_size * dtype.itemsize / 2
     log_probs = 20 * 512 * shape.vocab_size
     reference = 4 * count / shards if with_reference else 0.0
     engine = dtype.itemsize * count / cfg.rollout_tp
     memory = {
         "weights, gradients and AdamW's two averages, float32": weights,
+        f"the frozen base, {dtype} (--lora_rank)": frozen_base,
         "activations of a micro-batch, roughly": activations,
         "log-probs of a chunk, five times float32 (512, V)": log_probs,
         "a frozen reference, float32 (methods that want one)": reference,

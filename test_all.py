@@ -5081,6 +5081,137 @@ def test_code_that_comes_with_a_model_runs_only_when_trusted(toy, tmp_path, caps
     assert (tmp_path / "ran").exists() and saved(tmp_path / "trust")
 
 
+# ---- LoRA ----------------------------------------------------------------------------------------
+
+
+def lora_policy(folder, rank=4, dtype=torch.float32, spread=0.1, parallel="ddp"):
+    """A policy with adapters that have learned something: B is drawn instead of 0."""
+    cfg = types.SimpleNamespace(
+        temperature=1.0,
+        parallel=parallel,
+        activation_checkpointing=False,
+        trust_remote_code=False,
+        lora_rank=rank,
+        lora_alpha=8.0,
+        seed=0,
+    )
+    built = policy.build_policy(folder, cfg, torch.device("cpu"), dtype)
+    adapters = policy.adapter_tensors(built.model)
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in adapters.items():
+        if ".lora_B." in name:
+            tensor += spread * torch.randn(tensor.shape, generator=generator)
+    policy.load_adapters(built.model, adapters)
+    return built
+
+
+@pytest.fixture(scope="module", params=["qwen2", "gpt2"])
+def base(request, tmp_path_factory):
+    """The folder of a model, of nn.Linear or of GPT-2's Conv1D, whose weights are transposed."""
+    folder = tmp_path_factory.mktemp("base")
+    random_model(request.param).save_pretrained(folder)
+    return folder
+
+
+def scored(scorer):
+    """Log-probs of three answers, with gradient."""
+    batch = batch_of([([3, 4, 5], [6, 7, 1]), ([8], [9, 10, 11, 12, 1]), ([5] * 9, [2])])
+    return scorer(batch["ids"], batch["prompt_lens"], batch["response_mask"])["log_probs"]
+
+
+def test_lora_starts_as_the_base_and_adapts_every_linear_layer_but_the_head(base):
+    state = torch.get_rng_state()
+    adapted = lora_policy(base, spread=0.0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(scored(adapted), scored(lora_policy(base, rank=0)))
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    linear = [name for name, module in plain.named_modules() if type(module).__name__ in LINEAR]
+    linear.remove("lm_head")
+    names = [name for name, _ in adapted.model.named_parameters() if ".lora_A." in name]
+    assert sorted(names) == sorted(f"{name}.lora_A.default.weight" for name in linear)
+    again = dict(lora_policy(base, spread=0.0).named_parameters())
+    assert all(torch.equal(again[name], tensor) for name, tensor in adapted.named_parameters())
+
+
+LINEAR = ("Linear", "Conv1D")
+
+
+def test_only_adapters_have_gradients(base):
+    adapted = lora_policy(base)
+    scored(adapted).sum().backward()
+    for name, parameter in adapted.named_parameters():
+        assert policy.is_adapter(name) == parameter.requires_grad, name
+        assert (parameter.grad is not None and parameter.grad.any()) == parameter.requires_grad
+    optimizer = train.make_optimizer(adapted, types.SimpleNamespace(lr=1e-3, weight_decay=0.0))
+    learned = optimizer.param_groups[0]["params"]
+    assert len(learned) == 2 * len(policy.lora_layers(adapted)) > 0
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_pushed_weights_are_the_merged_ones(parallel, base):
+    dist.init_process_group("gloo")
+    adapted = lora_policy(base, parallel=parallel)
+    before = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
+    pushed = dict(policy.full_tensors(adapted.model))
+    plain = lora_policy(base, rank=0)
+    unlike_base = (scored(adapted) - scored(plain)).abs().max()
+    shapes = {name: tensor.shape for name, tensor in plain.model.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in pushed.items()} == shapes
+    assert not any(tensor.requires_grad for tensor in pushed.values())
+    plain.model.load_state_dict(pushed)
+    assert (scored(adapted) - scored(plain)).abs().max() < 1e-5 < 0.1 < unlike_base
+    for name, tensor in adapted.state_dict().items():
+        assert torch.equal(policy.whole_tensor(tensor), policy.whole_tensor(before[name])), name
+
+
+def test_without_its_adapters_the_policy_is_its_base(base):
+    adapted = lora_policy(base)
+    before = scored(adapted)
+    with policy.adapters_off(adapted):
+        off = scored(adapted)
+    assert torch.equal(off, scored(lora_policy(base, rank=0))) and not torch.equal(off, before)
+    assert torch.equal(scored(adapted), before)
+    scored(adapted).sum().backward()
+    assert all(p.grad is not None for n, p in adapted.named_parameters() if policy.is_adapter(n))
+
+
+def test_the_frozen_base_is_held_in_the_compute_dtype(base):
+    adapted = lora_policy(base, dtype=torch.bfloat16)
+    for name, parameter in adapted.named_parameters():
+        adapter = policy.is_adapter(name)
+        assert parameter.dtype == (torch.float32 if adapter else torch.bfloat16), name
+    merged = dict(policy.full_tensors(adapted.model))
+    linear = [layer.base_layer for layer in policy.lora_layers(adapted)]
+    assert sum(tensor.dtype == torch.float32 for tensor in merged.values()) == len(linear)
+
+
+def test_lora_of_full_rank_learns_as_all_weights_do():
+    """SGD with the rate lr moves W by -lr G. With LoRA B moves by -lr s G A', so W by
+    -lr s^2 G A' A. peft draws the entries of A, (rank, inputs), with the variance 1 / (3 inputs),
+    so with rank = inputs the mean of A' A is 1/3, and s^2 = 3 makes the two alike."""
+    falls = []
+    for rank in (0, 64):
+        model = random_model(hidden=64)  # every layer has 64 inputs
+        names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        if rank:
+            policy.add_lora(model, rank, rank * math.sqrt(3), 0, torch.float32)
+            learned = [p for p in model.parameters() if p.requires_grad]
+        else:
+            learned = [model.get_parameter(f"{name}.weight") for name in names if name != "lm_head"]
+        ids = torch.randint(2, 32, (8, 12), generator=torch.Generator().manual_seed(0))
+        optimizer = torch.optim.SGD(learned, lr=0.1)
+        found = []
+        for _ in range(60):
+            loss = model(ids, labels=ids).loss
+            found.append(loss.item())
+            loss.backward()
+            optimizer.step()
+            model.zero_grad()
+        print(rank, found[0], found[1]-found[0], found[-1])
+        falls.append(found[0] - found[-1])
+    assert falls[0] > 0.1 and math.isclose(*falls, rel_tol=0.1), falls
+
+
 # ---- bad input -----------------------------------------------------------------------------------
 
 

@@ -29,6 +29,7 @@ import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -54,11 +55,13 @@ from losses import (
     token_mean,
 )
 from policy import (
+    adapters_off,
     agree_on_micro_batches,
     batch_statistics,
     build_policy,
     entropy_after,
     full_tensors,
+    load_adapters,
     max_over_ranks,
     response_statistics,
     sum_over_ranks,
@@ -142,6 +145,10 @@ class Training:
     warmup_updates: int = flag(10, "optimizer steps of linear warm-up")
     weight_decay: float = flag(0.0, "AdamW's weight decay")
     grad_clip: float = flag(1.0, "largest gradient norm")
+    lora_rank: int = flag(0, "train adapters of this rank, LoRA, with a frozen base (0: all weights)")
+    lora_alpha: float = flag(
+        32.0, "LoRA adds alpha / rank times an adapter; wants about 10 times the --lr of all weights"
+    )
     parallel: str = flag("ddp", "ddp, or fsdp: weights, gradients and optimizer sharded (FSDP2)")
     dtype: str = flag(
         "auto",
@@ -198,6 +205,7 @@ MAY_BE_ZERO = {
     "steps",
     "warmup_updates",
     "weight_decay",
+    "lora_rank",
     "eval_prompts",
     "seed",
     "record_step",
@@ -282,6 +290,8 @@ def check_values(cfg):
         raise ValueError("--seed x --group_size must stay below 2^28")
     if cfg.dynamic_sampling and cfg.group_size == 1:
         raise ValueError("--dynamic_sampling needs groups of 2 or more")
+    if cfg.lora_rank and not find_spec("peft"):
+        raise ValueError("--lora_rank needs the package peft: run `pip install peft`")
 
 
 def default_name(cfg):
@@ -531,7 +541,7 @@ def first_state():
 
 def make_optimizer(policy, cfg):
     return torch.optim.AdamW(
-        policy.parameters(),
+        [parameter for parameter in policy.parameters() if parameter.requires_grad],
         lr=cfg.lr,
         weight_decay=cfg.weight_decay,
         betas=(0.9, 0.95),
@@ -724,7 +734,9 @@ def main(argv=None):
         (problems, prompts), eval_sets = render_sets(train_sets, eval_sets, tokenizer, cfg)
     if cfg.dry_run:
         shown = [(problems, prompts)] if cfg.steps else eval_sets.values()
-        dry_run(cfg, model_config, tokenizer, shown, dtype, with_reference=bool(ref_names))
+        with_reference = bool(ref_names) and not cfg.lora_rank
+        with clear_errors():
+            dry_run(cfg, model_config, tokenizer, shown, dtype, with_reference)
         return dist.destroy_process_group()
 
     # The weights, the optimizer and `state` are all that --resume needs.
@@ -733,12 +745,18 @@ def main(argv=None):
     policy_device = device if cfg.steps else torch.device("cpu")
     with clear_errors():
         state = load_checkpoint(start) if start else first_state()
-        policy = build_policy(start or base, cfg, policy_device, dtype)
+        # A checkpoint's weights are merged; LoRA goes on from the base's and the adapters.
+        weights = base if cfg.lora_rank else start or base
+        policy = build_policy(weights, cfg, policy_device, dtype)
+    if start and cfg.lora_rank:
+        load_adapters(policy.model, state.pop("adapters"))
     optimizer = make_optimizer(policy, cfg)
     if start:
         load_optimizer(policy, optimizer, state.pop("optimizer"))
     ddp_policy = wrap_ddp(policy, cfg)
-    reference = build_policy(base, cfg, device, dtype) if ref_names else None
+    reference = None
+    if ref_names:
+        reference = policy if cfg.lora_rank else build_policy(base, cfg, device, dtype)
     engine = start_engine(base, policy, tokenizer, cfg, device, dtype)
 
     run_log = RunLog(folder, cfg, state["step"], rank, first_prompt(tokenizer, prompts, eval_sets))
@@ -781,7 +799,8 @@ def main(argv=None):
         old = batch_statistics(ddp_policy, batch, old_names, budget, cfg.updates_per_rollout)
         ref = {}
         if reference:
-            ref = batch_statistics(reference, batch, ref_names, budget, cfg.updates_per_rollout)
+            with adapters_off(reference):
+                ref = batch_statistics(reference, batch, ref_names, budget, cfg.updates_per_rollout)
         metrics |= mismatch_metrics(batch, old["log_probs"])
         metrics |= batch_entropy_metrics(batch, old, cfg)
         if cfg.method in CONTROLLERS:
