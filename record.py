@@ -208,6 +208,7 @@ def check_resume(cfg, folder):
     may_change = set(MAY_CHANGE_ON_RESUME)
     if cfg.method not in CONTROLLERS:  # a controller's schedule depends on --steps
         may_change.add("steps")
+    # A run of before --lora_rank trained all weights.
     before = {"lora_rank": 0} | json.loads((folder / "config.json").read_text())
     changed = []
     for name, value in vars(cfg).items():
@@ -454,19 +455,19 @@ def plan(cfg, model_config, ranks, dtype, with_reference):
     kept = 2 * layers + 34 if cfg.activation_checkpointing else 34 * layers
     checkpoint = 12 * trained + 4 * frozen
     weights = 16 * trained / shards
-    frozen_base = dtype.itemsize * frozen / shards
     activations = kept * tokens * shape.hidden_size * dtype.itemsize / 2
     log_probs = 20 * 512 * shape.vocab_size
     reference = 4 * count / shards if with_reference else 0.0
     engine = dtype.itemsize * count / cfg.rollout_tp
     memory = {
         "weights, gradients and AdamW's two averages, float32": weights,
-        f"the frozen base, {dtype} (--lora_rank)": frozen_base,
         "activations of a micro-batch, roughly": activations,
         "log-probs of a chunk, five times float32 (512, V)": log_probs,
         "a frozen reference, float32 (methods that want one)": reference,
         f"the engine's weights, {dtype} (vllm sleeps during the update)": engine,
     }
+    if cfg.lora_rank:
+        memory[f"the frozen base, {dtype}"] = dtype.itemsize * frozen / shards
     lines = [
         f"{count / 1e6:,.2f} M parameters, {ranks} ranks, --parallel {cfg.parallel}. GiB per rank:"
     ]

@@ -145,9 +145,12 @@ class Training:
     warmup_updates: int = flag(10, "optimizer steps of linear warm-up")
     weight_decay: float = flag(0.0, "AdamW's weight decay")
     grad_clip: float = flag(1.0, "largest gradient norm")
-    lora_rank: int = flag(0, "train adapters of this rank, LoRA, with a frozen base (0: all weights)")
+    lora_rank: int = flag(
+        0, "train adapters of this rank, LoRA, with a frozen base (0: all weights)"
+    )
     lora_alpha: float = flag(
-        32.0, "LoRA adds alpha / rank times an adapter; wants about 10 times the --lr of all weights"
+        32.0,
+        "LoRA adds alpha / rank times an adapter; wants about 10 times the --lr of all weights",
     )
     parallel: str = flag("ddp", "ddp, or fsdp: weights, gradients and optimizer sharded (FSDP2)")
     dtype: str = flag(
