@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import AutoModelForCausalLM
 
+from policy import add_lora, decoder_layers, number_of_parameters
+
 # Of a card that is only planned for.
 ASSUMED_CARD = 80e9
 # Assumptions: contexts of CUDA and NCCL; and, within vLLM's share, its activations and CUDA graphs.
@@ -38,6 +40,7 @@ class ModelSize:
     """What memory follows from."""
 
     parameters: int
+    trained: int  # all of them, or those of LoRA's adapters
     layer: int  # parameters of the largest decoder layer
     root: int  # parameters that no decoder layer holds
     layers: int
@@ -51,16 +54,15 @@ class ModelSize:
     qk_norm: bool  # queries and keys have norms of their own, as in Qwen3
 
 
-def model_size(config, trust_remote_code=False):
+def model_size(config, trust_remote_code=False, lora_rank=0):
     """The ModelSize of a Hugging Face config; parameters are counted, no weights are loaded."""
     with torch.device("meta"):  # shapes without memory
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    names = model._no_split_modules or ()
-    layers = []
-    for module in model.modules():
-        if type(module).__name__ in names:
-            layers.append(sum(parameter.numel() for parameter in module.parameters()))
+        parameters = number_of_parameters(model)
+        layers = [number_of_parameters(layer) for layer in decoder_layers(model)]
+        if lora_rank:
+            add_lora(model, lora_rank, alpha=1.0, seed=0, dtype=torch.float32)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     shape = config.get_text_config()
     experts = getattr(shape, "num_experts_per_tok", None) or 0
     mlp = getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size
@@ -69,6 +71,7 @@ def model_size(config, trust_remote_code=False):
         mlp += getattr(shape, "shared_expert_intermediate_size", None) or 0
     return ModelSize(
         parameters=parameters,
+        trained=trained,
         layer=max(layers, default=0),
         root=parameters - sum(layers),
         layers=shape.num_hidden_layers,
@@ -181,18 +184,20 @@ class Plan:
 def plan_memory(size, cfg, ranks, dtype, with_reference, total):
     """The Plan of a run on cards of `total` bytes.
 
-    cfg: train.py's settings; with_reference: the method wants a frozen reference.
+    cfg: train.py's settings; with_reference: the method wants a frozen reference, which with LoRA
+    is the base without its adapters.
 
     Weights, gradients, AdamW and engine weights are exact, activations as close as kept_per_token;
     the rest is estimated. The parts of the update do not all reach their largest at the same
     moment, so its peak is an upper bound."""
     n = size.parameters
     b = dtype.itemsize
+    lora = cfg.lora_rank > 0
     head = size.vocab * size.hidden
     trains = cfg.steps > 0  # an evaluation keeps the policy on the CPU
     sharded = cfg.parallel == "fsdp"
     autocast = not sharded and dtype != torch.float32
-    held = n / ranks if sharded else n
+    shards = ranks if sharded else 1
     tokens = largest_micro_batch(cfg, ranks)
     kept, one_layer = activations(size, dtype, autocast, cfg.activation_checkpointing, tokens)
     if sharded:
@@ -201,15 +206,16 @@ def plan_memory(size, cfg, ranks, dtype, with_reference, total):
         in_use = b * (2 * size.layer + size.root)
         unreduced = (b + 4) * (size.layer + size.root) + b * head
     else:
-        in_use = b * n if autocast else 0
+        in_use = b * n if autocast and not lora else 0
         unreduced = (b + 4) * head if autocast else 4 * head
     parts = {
-        "weights": 4 * held,
-        "gradients": 4 * held,
-        "AdamW": 8 * held,
-        "reference": 4 * held if with_reference else 0,
+        "weights": 4 * size.trained / shards,
+        "frozen base": b * n / shards if lora else 0,
+        "gradients": 4 * size.trained / shards,
+        "AdamW": 8 * size.trained / shards,
+        "reference": 4 * n / shards if with_reference and not lora else 0,
         "gathered or cast": in_use,
-        "unreduced gradients": unreduced,
+        "unreduced gradients": 0 if lora else unreduced,
         "activations": kept,
         "one layer": one_layer,
         # logits, log-probs, probabilities and two gradients, float32
@@ -219,7 +225,7 @@ def plan_memory(size, cfg, ranks, dtype, with_reference, total):
         parts = dict.fromkeys(parts, 0)
     parts["engine weights"] = b * n / cfg.rollout_tp
 
-    awake = parts["weights"] + parts["AdamW"] + parts["reference"]  # while the engine is
+    awake = parts["weights"] + parts["frozen base"] + parts["AdamW"] + parts["reference"]
     if not sharded:
         awake += parts["gradients"]  # DDP makes its buckets at the start, and they stay
     share = cfg.rollout_gpu_memory or share_for_vllm(total, awake)

@@ -5,11 +5,14 @@ Shapes: B answers of this rank, L tokens of the longest prompt with response, T 
 response, V tokens in the vocabulary. A batch is what rollout.collate returns.
 """
 
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -99,6 +102,8 @@ def build_policy(path, cfg, device, dtype):
     wraps it. With --steps 0 it stays in the file, from which the engine copies its weights.
     ValueError if the folder's weights are broken or of another model."""
     model = load_model(path, cfg.trust_remote_code)
+    if cfg.lora_rank:
+        add_lora(model, cfg.lora_rank, cfg.lora_alpha, cfg.seed, dtype)
     policy = Policy(model, cfg.temperature, dtype if cfg.parallel == "ddp" else torch.float32)
     policy.eval()  # no dropout: the ratio would start away from 1
     if not cfg.steps:
@@ -110,7 +115,9 @@ def build_policy(path, cfg, device, dtype):
         policy.to(device)
     else:
         shard(policy, layers, device, dtype)
-    return policy.float()  # only now: a float32 copy on the host would be one per rank
+    if not cfg.lora_rank:  # the frozen base of LoRA stays as it is computed with
+        policy.float()  # only now: a float32 copy on the host would be one per rank
+    return policy
 
 
 def load_model(path, trust_remote_code):
@@ -197,14 +204,89 @@ def shard(policy, layers, device, dtype):
 def full_tensors(model):
     """Yields (name, tensor) of model.state_dict(), sharded tensors gathered one at a time, so that
     a rank holds its shards and one whole tensor. A collective under FSDP2: every rank must exhaust
-    it.
+    it. With LoRA they have the base's names, and the adapters are merged into copies.
 
     state_dict(), not named_parameters(): it repeats a tied lm_head.weight. vLLM on CPU keeps a
     packed copy of the head, and without that entry it would go on sampling from the old one,
     silently."""
     for name, tensor in model.state_dict().items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        yield name, whole
+        if is_adapter(name):
+            continue
+        if name.endswith(".base_layer.weight"):
+            tensor = merged_weight(model.get_submodule(name.removesuffix(".base_layer.weight")))
+        yield name.replace(".base_layer.", "."), whole_tensor(tensor)
+
+
+def whole_tensor(tensor):
+    """A sharded tensor gathered, which is a collective; another one as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+# ---- LoRA ----------------------------------------------------------------------------------------
+# Hu et al. 2021, arXiv 2106.09685: a frozen weight W computes with W + alpha / rank B A, and only A
+# (rank, inputs) and B (outputs, rank) are trained. peft puts a layer that holds W as base_layer, A
+# and B in the place of each linear one, so all else here sees the same model.
+
+
+def add_lora(model, rank, alpha, seed, dtype):
+    """Gives every linear layer but the head an adapter and freezes all other weights, in `dtype`.
+
+    The adapters are float32. B is 0 at first, so the model still computes what it did. A is drawn
+    with the seed, the same on every rank, and the caller's random state is left as it was.
+    ValueError if the rank is above that of every layer's weight."""
+    from peft import LoraConfig, inject_adapter_in_model  # takes seconds, so only where it is used
+
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        inject_adapter_in_model(config, model)
+    full_rank = max(min(layer.base_layer.weight.shape) for layer in lora_layers(model))
+    if rank > full_rank:
+        raise ValueError(
+            f"--lora_rank {rank}: no weight of this model has a rank above {full_rank}; "
+            "--lora_rank 0 trains all weights"
+        )
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
+def lora_layers(model):
+    return [module for module in model.modules() if hasattr(module, "lora_A")]
+
+
+def is_adapter(name):
+    return ".lora_A." in name or ".lora_B." in name
+
+
+@torch.no_grad()
+def merged_weight(layer):
+    """W + alpha / rank B A of a layer with an adapter, float32; sharded if they are."""
+    return layer.base_layer.weight + layer.get_delta_weight("default")
+
+
+@contextmanager
+def adapters_off(policy):
+    """Within it the policy computes as its base, the reference; without LoRA it stays as it is."""
+    layers = lora_layers(policy)
+    for layer in layers:
+        layer.enable_adapters(False)
+    yield
+    for layer in layers:
+        layer.enable_adapters(True)
+
+
+def adapter_tensors(model):
+    """{name: tensor} of the adapters, whole and in host memory; {} without LoRA. A collective under
+    FSDP2."""
+    state = model.state_dict()
+    return {name: whole_tensor(state[name]).cpu() for name in state if is_adapter(name)}
+
+
+def load_adapters(model, tensors):
+    """tensors: of adapter_tensors, on every rank."""
+    options = StateDictOptions(full_state_dict=True, strict=False)  # not strict: W is not there
+    set_model_state_dict(model, tensors, options=options)
 
 
 # ---- ranks ---------------------------------------------------------------------------------------

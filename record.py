@@ -23,7 +23,7 @@ from tqdm import tqdm
 from data import preview
 from diagnose import SUSPICIOUS, plot_curves, read_metrics, usual_panels
 from losses import CONTROLLERS
-from policy import full_tensors
+from policy import adapter_tensors, full_tensors
 
 # ---- files ---------------------------------------------------------------------------------------
 
@@ -81,7 +81,8 @@ def checkpoints(folder):
 
 
 def save_checkpoint(folder, policy, optimizer, tokenizer, state, keep):
-    """A Hugging Face folder with the optimizer and the counters beside it. A collective.
+    """A Hugging Face folder with the optimizer and the counters beside it, and with LoRA the
+    adapters, which the folder's weights have merged. A collective.
 
     Complete or absent: it is written under another name, then renamed. Gathered on rank 0, so that
     it can be resumed with another number of ranks. The newest `keep` stay, and the one of best
@@ -90,6 +91,7 @@ def save_checkpoint(folder, policy, optimizer, tokenizer, state, keep):
     weights = {}
     for name, tensor in full_tensors(policy.model):
         weights[name] = tensor.cpu() if on_rank_0 else None
+    adapters = adapter_tensors(policy.model)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     optimizer_state = get_optimizer_state_dict(policy, optimizer, options=options)
     if on_rank_0:
@@ -99,6 +101,8 @@ def save_checkpoint(folder, policy, optimizer, tokenizer, state, keep):
             policy.model.save_pretrained(unfinished, state_dict=weights)
             tokenizer.save_pretrained(unfinished)
             trainer_state = state | {"optimizer": optimizer_state, "run": folder.name}
+            if adapters:
+                trainer_state["adapters"] = adapters
             torch.save(trainer_state, unfinished / "trainer_state.pt")
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of the three
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -204,7 +208,8 @@ def check_resume(cfg, folder):
     may_change = set(MAY_CHANGE_ON_RESUME)
     if cfg.method not in CONTROLLERS:  # a controller's schedule depends on --steps
         may_change.add("steps")
-    before = json.loads((folder / "config.json").read_text())
+    # A run of before --lora_rank trained all weights.
+    before = {"lora_rank": 0} | json.loads((folder / "config.json").read_text())
     changed = []
     for name, value in vars(cfg).items():
         old_value = before.get(name, value)  # a run of before a flag was added lacks it
@@ -416,7 +421,8 @@ def sender(cfg, folder):
 GIB = 2**30
 # What the parts of a memory.Plan are.
 EXPLAINED = {
-    "weights": "weights, float32",
+    "weights": "weights that are trained, float32",
+    "frozen base": "the frozen base of LoRA",
     "gradients": "gradients, float32",
     "AdamW": "AdamW's two averages, float32",
     "reference": "a frozen reference, float32",
@@ -464,7 +470,8 @@ def plan(cfg, size, ranks, dtype, memory_plan):
     for complaint in (memory_plan.misfit, memory_plan.tight):
         if complaint:
             lines.append(f"warning: {complaint}")
-    checkpoint = 12 * size.parameters
+    frozen = size.parameters if cfg.lora_rank else 0
+    checkpoint = 12 * size.trained + 4 * frozen
     lines += [
         f"a step: {cfg.prompts_per_step} prompts x {cfg.group_size} answers, at most "
         f"{step_tokens:,} tokens, in {cfg.updates_per_rollout} updates; {cfg.steps} steps",

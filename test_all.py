@@ -3892,6 +3892,7 @@ def planned(total=80e9, ranks=1, parameters=1_000_000_000, **settings):
     """A memory.Plan of a model of a billion parameters, in bfloat16, with settings of train.py."""
     size = memory.ModelSize(
         parameters=parameters,
+        trained=parameters,
         layer=50_000_000,
         root=100_000_000,
         layers=18,
@@ -5692,6 +5693,296 @@ def test_code_that_comes_with_a_model_runs_only_when_trusted(toy, tmp_path, caps
     assert "trust_remote_code" in capsys.readouterr().err and not (tmp_path / "ran").exists()
     toy_run(toy, tmp_path, "trust", args, "--trust_remote_code")
     assert (tmp_path / "ran").exists() and saved(tmp_path / "trust")
+
+
+# ---- LoRA ----------------------------------------------------------------------------------------
+
+
+def lora_policy(folder, rank=4, dtype=torch.float32, spread=0.1, parallel="ddp"):
+    """A policy with adapters that have learned something: B is drawn instead of 0."""
+    cfg = types.SimpleNamespace(
+        temperature=1.0,
+        steps=1,
+        parallel=parallel,
+        activation_checkpointing=False,
+        trust_remote_code=False,
+        lora_rank=rank,
+        lora_alpha=8.0,
+        seed=0,
+    )
+    built = policy.build_policy(folder, cfg, torch.device("cpu"), dtype)
+    adapters = policy.adapter_tensors(built.model)
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in adapters.items():
+        if ".lora_B." in name:
+            tensor += spread * torch.randn(tensor.shape, generator=generator)
+    policy.load_adapters(built.model, adapters)
+    return built
+
+
+@pytest.fixture(scope="module", params=["qwen2", "gpt2"])
+def base(request, tmp_path_factory):
+    """The folder of a model, of nn.Linear or of GPT-2's Conv1D, whose weights are transposed."""
+    folder = tmp_path_factory.mktemp("base")
+    random_model(request.param).save_pretrained(folder)
+    return folder
+
+
+def scored(scorer):
+    """Log-probs of three answers, with gradient."""
+    batch = batch_of([([3, 4, 5], [6, 7, 1]), ([8], [9, 10, 11, 12, 1]), ([5] * 9, [2])])
+    return scorer(batch["ids"], batch["prompt_lens"], batch["response_mask"])["log_probs"]
+
+
+def test_lora_starts_as_the_base_and_adapts_every_linear_layer_but_the_head(base):
+    state = torch.get_rng_state()
+    adapted = lora_policy(base, spread=0.0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(scored(adapted), scored(lora_policy(base, rank=0)))
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    linear = []
+    for name, module in plain.named_modules():
+        if type(module).__name__ in ("Linear", "Conv1D") and name != "lm_head":
+            linear.append(name)
+    names = [name for name, _ in adapted.model.named_parameters() if ".lora_A." in name]
+    assert sorted(names) == sorted(f"{name}.lora_A.default.weight" for name in linear)
+    torch.rand(1)  # as on another rank, which may have drawn something else before
+    again = dict(lora_policy(base, spread=0.0).named_parameters())
+    assert all(torch.equal(again[name], tensor) for name, tensor in adapted.named_parameters())
+
+
+def test_only_adapters_have_gradients(base):
+    adapted = lora_policy(base)
+    scored(adapted).sum().backward()
+    for name, parameter in adapted.named_parameters():
+        assert policy.is_adapter(name) == parameter.requires_grad, name
+        assert (parameter.grad is not None and parameter.grad.any()) == parameter.requires_grad
+    optimizer = train.make_optimizer(adapted, types.SimpleNamespace(lr=1e-3, weight_decay=0.0))
+    learned = optimizer.param_groups[0]["params"]
+    assert len(learned) == 2 * len(policy.lora_layers(adapted)) > 0
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_pushed_weights_are_the_merged_ones(parallel, base):
+    dist.init_process_group("gloo")
+    adapted = lora_policy(base, parallel=parallel)
+    before = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
+    pushed = dict(policy.full_tensors(adapted.model))
+    plain = lora_policy(base, rank=0)
+    unlike_base = (scored(adapted) - scored(plain)).abs().max()
+    shapes = {name: tensor.shape for name, tensor in plain.model.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in pushed.items()} == shapes
+    assert not any(tensor.requires_grad for tensor in pushed.values())
+    plain.model.load_state_dict(pushed)
+    assert (scored(adapted) - scored(plain)).abs().max() < 1e-5 < 0.1 < unlike_base
+    for name, tensor in adapted.state_dict().items():
+        assert torch.equal(policy.whole_tensor(tensor), policy.whole_tensor(before[name])), name
+
+
+def test_without_its_adapters_the_policy_is_its_base(base):
+    adapted = lora_policy(base)
+    before = scored(adapted)
+    with policy.adapters_off(adapted):
+        off = scored(adapted)
+    assert torch.equal(off, scored(lora_policy(base, rank=0))) and not torch.equal(off, before)
+    assert torch.equal(scored(adapted), before)
+    scored(adapted).sum().backward()
+    assert all(p.grad is not None for n, p in adapted.named_parameters() if policy.is_adapter(n))
+
+
+def test_the_frozen_base_is_held_in_the_compute_dtype(base):
+    adapted = lora_policy(base, dtype=torch.bfloat16)
+    for name, parameter in adapted.named_parameters():
+        adapter = policy.is_adapter(name)
+        assert parameter.dtype == (torch.float32 if adapter else torch.bfloat16), name
+    merged = dict(policy.full_tensors(adapted.model))
+    linear = [layer.base_layer for layer in policy.lora_layers(adapted)]
+    assert sum(tensor.dtype == torch.float32 for tensor in merged.values()) == len(linear)
+
+
+def test_lora_of_full_rank_learns_as_all_weights_do():
+    """SGD with the rate lr moves W by -lr G. With LoRA B moves by -lr s G A', so W by
+    -lr s^2 G A' A, s = alpha / rank. peft draws A, (rank, inputs), with the variance
+    1 / (3 inputs), so with rank = inputs the mean of A' A is 1/3, and s^2 = 3 makes both alike."""
+    falls = []
+    for rank in (0, 64):
+        model = random_model(hidden=64)  # every linear layer has 64 inputs
+        learned = []
+        for name, parameter in model.named_parameters():
+            if name.endswith("_proj.weight"):
+                learned.append(parameter)
+        if rank:
+            policy.add_lora(model, rank, rank * math.sqrt(3), 0, torch.float32)
+            learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.SGD(learned, lr=0.1)
+        ids = torch.arange(96).view(8, 12) ** 2 % 29 + 2
+        losses_seen = []
+        for _ in range(60):
+            loss = model(ids, labels=ids).loss
+            losses_seen.append(loss.item())
+            loss.backward()
+            optimizer.step()
+            model.zero_grad()
+        falls.append(losses_seen[0] - losses_seen[-1])
+    assert falls[0] > 0.3 and math.isclose(*falls, rel_tol=0.05), falls
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_first_update_with_lora_sees_a_ratio_of_exactly_one(dtype, toy, tmp_path):
+    args = (
+        f"--lora_rank 4 --updates_per_rollout 1 --steps 2 --micro_batch_tokens 40 --dtype {dtype}"
+    )
+    _, first, second = toy_run(toy, tmp_path, "one", args)
+    assert first["policy/kl_to_rollout"] == second["policy/kl_to_rollout"] == 0.0
+    assert first["train/grad_norm"] > 0
+
+
+def test_a_checkpoint_of_lora_is_a_model_that_needs_no_peft(toy, tmp_path, monkeypatch):
+    """Evaluated as any model it scores as the run did, and it has learned: so it is merged."""
+    with_lora = "--lora_rank 4 --lr 1e-2 --warmup_updates 0 --eval_samples 16"
+    rows = toy_run(toy, tmp_path, "lora", with_lora)
+    assert rows[-1]["rollout/mismatch_max"] < 1e-4  # the engine has the merged weights
+    path = checkpoints(tmp_path / "lora")[-1]
+    monkeypatch.setitem(sys.modules, "peft", None)  # not to be imported
+    _, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    assert not any(info.values()), info
+    base_of_run = AutoModelForCausalLM.from_pretrained(toy / "model").state_dict()
+    moved = []
+    for name, tensor in weights(tmp_path / "lora").items():
+        if not torch.equal(tensor, base_of_run[name]):
+            moved.append(name)
+    assert len(moved) == 8 and all(".c_" in name and ".weight" in name for name in moved)
+    (again,) = toy_run(toy, tmp_path, "again", f"--steps 0 --eval_samples 16 --model {path}")
+    expected = {key: value for key, value in rows[-1].items() if key.startswith("eval/")}
+    assert again == pytest.approx(expected | {"step": 0}, rel=1e-5)
+    assert abs(again["eval/entropy"] - rows[0]["eval/entropy"]) > 1e-3
+
+
+def test_a_run_with_lora_is_resumed_bit_for_bit(toy, tmp_path, capsys):
+    args = "--lora_rank 4 --lr 1e-2 --method kl_loss --eval_every 1 --save_every 1"
+    whole = toy_run(toy, tmp_path, "whole", args, "--steps 4")
+    toy_run(toy, tmp_path, "parts", args, "--steps 2")
+    parts = toy_run(toy, tmp_path, "parts", args, "--steps 4", "--resume")
+    assert without_times(parts) == without_times(whole)
+    expected = weights(tmp_path / "whole")
+    for name, tensor in weights(tmp_path / "parts").items():
+        assert torch.equal(tensor, expected[name]), name
+    error = complaint_of(toy, tmp_path, "parts", capsys, args, "--steps 5 --lora_rank 8 --resume")
+    assert "--lora_rank 4, not 8" in error
+
+
+def test_a_run_of_all_weights_is_not_resumed_with_lora(toy, tmp_path, capsys):
+    toy_run(toy, tmp_path, "full")
+    config = tmp_path / "full" / "config.json"
+    before = json.loads(config.read_text())
+    del before["lora_rank"]  # as a run of before the flag
+    config.write_text(json.dumps(before))
+    error = complaint_of(toy, tmp_path, "full", capsys, "--steps 3 --lora_rank 4 --resume")
+    assert "--lora_rank 0, not 4" in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_with_lora_equal_one_and_resume_bit_for_bit(parallel, toy, tmp_path):
+    args = "--lora_rank 4 --lr 1e-2 --method kl_loss --micro_batch_tokens 40 --save_every 1"
+    one = toy_run(toy, tmp_path, "one", args, "--steps 4")
+    parallel = f"--parallel {parallel}"
+    for name, more in (
+        ("whole", "--steps 4"),
+        ("parts", "--steps 2"),
+        ("parts", "--steps 4 --resume"),
+    ):
+        result = torchrun(2, toy_args(toy, tmp_path, name, args, parallel, more))
+        assert result.returncode == 0, result.stderr
+    whole = read_metrics(tmp_path / "whole")
+    assert without_times(read_metrics(tmp_path / "parts")) == without_times(whole)
+    expected = weights(tmp_path / "whole")
+    for name, tensor in weights(tmp_path / "parts").items():
+        assert torch.equal(tensor, expected[name]), name
+    for a, b in zip(one[1:], whole[1:], strict=True):
+        for key in ("reward/mean", "train/grad_norm", "train/loss", "policy/kl_to_rollout"):
+            assert math.isclose(a[key], b[key], rel_tol=1e-4, abs_tol=1e-6), key
+
+
+def test_the_reference_of_lora_is_the_base(toy, tmp_path, monkeypatch):
+    seen = []
+    fixed_tensors = train.fixed_tensors
+
+    def spy(batch, old, ref):
+        seen.append((batch, old["log_probs"], ref["log_probs"]))
+        return fixed_tensors(batch, old, ref)
+
+    monkeypatch.setattr(train, "fixed_tensors", spy)
+    build_once = Mock(side_effect=train.build_policy)
+    monkeypatch.setattr(train, "build_policy", build_once)
+    toy_run(toy, tmp_path, "kl", "--lora_rank 4 --lr 1e-2 --method kl_loss")
+    build_once.assert_called_once()  # no second model
+    dist.init_process_group("gloo")
+    of_base = lora_policy(toy / "model", rank=0)
+    (_, first_old, first_ref), (batch, old, ref) = seen
+    assert torch.equal(first_old, first_ref)
+    expected = policy.batch_statistics(of_base, batch, ["log_probs"], 16384, 2)["log_probs"]
+    assert torch.equal(ref, expected) and not torch.allclose(old, ref, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "args, complaint",
+    [
+        ("--lora_rank -1", "--lora_rank -1: it must be positive"),
+        ("--lora_rank 33", "--lora_rank 33: no weight of this model has a rank above 32"),
+        ("--lora_rank 33 --dry_run", "--lora_rank 33: no weight"),
+        ("--lora_rank 4 --lora_alpha 0", "--lora_alpha 0.0: it must be positive"),
+    ],
+)
+def test_bad_ranks_are_refused_in_one_line(args, complaint, toy, tmp_path, capsys):
+    assert complaint in complaint_of(toy, tmp_path, "bad", capsys, args)
+
+
+def test_the_plan_puts_7b_with_lora_on_one_card_of_80_gb(monkeypatch):
+    """GiB of a 7B model: with the rank 32 an adapter of inputs i and outputs o has 32 (i + o)
+    parameters of 16 bytes, and the base and the engine's copy have 2 bytes a parameter."""
+    hidden, wide, narrow, layers = 3584, 18944, 512, 28
+    config = Qwen2Config(
+        hidden_size=hidden,
+        intermediate_size=wide,
+        num_hidden_layers=layers,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        vocab_size=152064,
+    )
+    words = "--model a/7b --engine torch --activation_checkpointing --method kl_loss"
+    found = {}
+    for rank in (0, 32):
+        cfg = train.parse([*words.split(), "--lora_rank", f"{rank}"])
+        size = memory.model_size(config, lora_rank=rank)
+        plan = memory.plan_memory(size, cfg, 1, torch.bfloat16, with_reference=True, total=80e9)
+        lines = record.plan(cfg, size, 1, torch.bfloat16, plan).splitlines()
+        numbers = [re.match(r" +([\d.]+)  (.*)", line) for line in lines]
+        found[rank] = {number[2][:15]: float(number[1]) for number in numbers if number}
+    in_and_out = 2 * 2 * hidden + 2 * (hidden + narrow) + 3 * (hidden + wide)
+    adapters = 32 * in_and_out * layers
+    count = 7_615_616_512
+    for part, numbers in (
+        ("weights that ar", 4 * adapters),
+        ("gradients, floa", 4 * adapters),
+        ("AdamW's two ave", 8 * adapters),
+        ("the frozen base", 2 * count),
+        ("the engine's we", 2 * count),
+        ("a frozen refere", 0),
+    ):
+        assert found[32][part] == pytest.approx(numbers / 2**30, abs=6e-4)
+    assert max(found[32][phase] for phase in ("score", "update", "push")) < 60
+    assert found[0]["optimizer step"] > 150 and found[0]["the frozen base"] == 0
+    assert found[0]["a frozen refere"] == pytest.approx(4 * count / 2**30, abs=6e-4)
+    disk = f"a checkpoint: {(4 * count + 12 * adapters) / 2**30:.3f} GiB"
+    assert disk in lines[-1]
+
+
+def test_lora_without_peft_says_what_to_install(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    error = complaint_of(toy, tmp_path, "bare", capsys, "--lora_rank 4")
+    assert error == "train.py: error: --lora_rank needs the package peft: run `pip install peft`"
+    assert not (tmp_path / "bare").exists()
 
 
 # ---- bad input -----------------------------------------------------------------------------------

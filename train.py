@@ -30,6 +30,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -57,12 +58,14 @@ from losses import (
 )
 from memory import card_memory, model_size, plan_memory
 from policy import (
+    adapters_off,
     agree_on_micro_batches,
     batch_statistics,
     build_policy,
     check_gradients,
     entropy_after,
     full_tensors,
+    load_adapters,
     max_over_ranks,
     padding_metrics,
     response_statistics,
@@ -149,6 +152,13 @@ class Training:
     warmup_updates: int = flag(10, "optimizer steps of linear warm-up")
     weight_decay: float = flag(0.0, "AdamW's weight decay")
     grad_clip: float = flag(1.0, "largest gradient norm")
+    lora_rank: int = flag(
+        0, "train adapters of this rank, LoRA, with a frozen base (0: all weights)"
+    )
+    lora_alpha: float = flag(
+        32.0,
+        "LoRA adds alpha / rank times an adapter; wants about 10 times the --lr of all weights",
+    )
     parallel: str = flag(
         "ddp",
         "ddp, or fsdp: weights, gradients and optimizer sharded (FSDP2); on GPUs fsdp by default",
@@ -217,6 +227,7 @@ MAY_BE_ZERO = {
     "steps",
     "warmup_updates",
     "weight_decay",
+    "lora_rank",
     "eval_prompts",
     "seed",
     "record_step",
@@ -306,6 +317,8 @@ def check_values(cfg):
         raise ValueError("--seed x --group_size must stay below 2^28")
     if cfg.dynamic_sampling and cfg.group_size == 1:
         raise ValueError("--dynamic_sampling needs groups of 2 or more")
+    if cfg.lora_rank and not find_spec("peft"):
+        raise ValueError("--lora_rank needs the package peft: run `pip install peft`")
 
 
 def default_name(cfg):
@@ -557,7 +570,7 @@ def first_state():
 def make_optimizer(policy, cfg):
     on_gpu = next(policy.parameters()).is_cuda
     return torch.optim.AdamW(
-        policy.parameters(),
+        [parameter for parameter in policy.parameters() if parameter.requires_grad],
         lr=cfg.lr,
         weight_decay=cfg.weight_decay,
         betas=(0.9, 0.95),
@@ -588,7 +601,7 @@ def plan_run(cfg, model_config, device, dtype, with_reference):
     """The model's size, and what the run takes of each GPU's memory: a ModelSize and a Plan.
 
     ValueError if GPUs are here and it cannot fit."""
-    size = model_size(model_config, cfg.trust_remote_code)
+    size = model_size(model_config, cfg.trust_remote_code, cfg.lora_rank)
     total = card_memory(device)
     plan = plan_memory(size, cfg, dist.get_world_size(), dtype, with_reference, total)
     if device.type == "cuda" and plan.misfit and not cfg.dry_run:
@@ -800,12 +813,18 @@ def main(argv=None):
     start = checkpoints(folder)[-1] if cfg.resume else None
     with clear_errors():
         state = load_checkpoint(start) if start else first_state()
-        policy = build_policy(start or base, cfg, device, dtype)
+        # A checkpoint's weights are merged; LoRA goes on from the base's and the adapters.
+        weights = base if cfg.lora_rank else start or base
+        policy = build_policy(weights, cfg, device, dtype)
+    if start and cfg.lora_rank:
+        load_adapters(policy.model, state.pop("adapters"))
     optimizer = make_optimizer(policy, cfg)
     if start:
         load_optimizer(policy, optimizer, state.pop("optimizer"))
     ddp_policy = wrap_ddp(policy, cfg)
-    reference = build_policy(base, cfg, device, dtype) if ref_names and cfg.steps else None
+    reference = None
+    if ref_names and cfg.steps:
+        reference = policy if cfg.lora_rank else build_policy(base, cfg, device, dtype)
     with clear_errors():
         engine = start_engine(base, policy, tokenizer, cfg, device, dtype, plan.share)
 
@@ -852,7 +871,8 @@ def main(argv=None):
         old = batch_statistics(ddp_policy, batch, old_names, budget, cfg.updates_per_rollout)
         ref = {}
         if reference:
-            ref = batch_statistics(reference, batch, ref_names, budget, cfg.updates_per_rollout)
+            with adapters_off(reference):
+                ref = batch_statistics(reference, batch, ref_names, budget, cfg.updates_per_rollout)
         metrics |= padding_metrics(batch["lengths"].tolist(), budget, cfg.updates_per_rollout)
         metrics |= mismatch_metrics(batch, old["log_probs"])
         if step == first_step:

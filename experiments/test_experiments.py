@@ -106,6 +106,7 @@ def test_memory_formula_equals_the_bytes_held(tmp_path):
         parallel="fsdp",
         activation_checkpointing=False,
         trust_remote_code=False,
+        lora_rank=0,
     )
     policy = build_policy(tmp_path, cfg, torch.device("cpu"), torch.float32)
     optimizer = torch.optim.AdamW(policy.parameters())
