@@ -2002,8 +2002,8 @@ MUTANTS = [
     # ---- data.py
     (
         "data.py",
-        'answer.rpartition("####")[2]',
-        'answer.partition("####")[2]',
+        'str(answer).rpartition("####")[2]',
+        'str(answer).partition("####")[2]',
         "experiments/test_rollouts.py -k test_columns",
     ),
     (
@@ -2020,26 +2020,26 @@ MUTANTS = [
     ),
     (
         "data.py",
-        'if answer is None and isinstance(columns.get("solution"), str):',
-        'if isinstance(columns.get("solution"), str):',
+        'if answer is None and "solution" in columns:',
+        'if "solution" in columns:',
         "experiments/test_rollouts.py -k test_columns",
     ),
     (
         "data.py",
-        "for key, value in row.items() if value is not None}",
-        "for key, value in row.items()}",
+        "        if is_missing(value):\n            continue\n",
+        "",
         "experiments/test_rollouts.py -k test_columns",
     ),
     (
         "data.py",
-        "columns = {key.lower(): value",
-        "columns = {key: value",
+        "        name = key.lower()\n",
+        "        name = key\n",
         "experiments/test_rollouts.py -k test_columns",
     ),
     (
         "data.py",
-        "return str(answer).strip()",
-        "return str(answer)",
+        "text = str(answer).strip()",
+        "text = str(answer)",
         "experiments/test_rollouts.py -k test_columns",
     ),
     (
@@ -2050,14 +2050,14 @@ MUTANTS = [
     ),
     (
         "data.py",
-        '"content": message["content"]} for message in prompt]',
-        '"content": message["content"], **message} for message in prompt]',
+        'return {"role": message["role"], "content": content}',
+        'return {**message, "content": content}',
         "experiments/test_rollouts.py -k distinct_problems",
     ),
     (
         "data.py",
-        "json.dumps([problem.prompt, problem.answer])",
-        "json.dumps([problem.prompt])",
+        "json.dumps([problem.prompt, problem.answer], ",
+        "json.dumps([problem.prompt], ",
         "experiments/test_rollouts.py -k distinct_problems",
     ),
     (
@@ -2068,8 +2068,8 @@ MUTANTS = [
     ),
     (
         "data.py",
-        "if unfit or not 0 < len(answer) <= MAX_ANSWER:",
-        "if unfit or not 0 < len(answer) < MAX_ANSWER:",
+        "fits = 0 < len(gold) <= MAX_ANSWER",
+        "fits = 0 < len(gold) < MAX_ANSWER",
         "experiments/test_rollouts.py -k rows_that_are_no",
     ),
     (
@@ -2149,6 +2149,78 @@ MUTANTS = [
         'if problem.rule != "countdown":\n        return',
         'if problem.rule == "math" and False:\n        return',
         "experiments/test_rollouts.py -k dry_run_judges",
+    ),
+    (
+        "data.py",
+        "return value is None or value != value",
+        "return value is None",
+        "test_all.py -k 'gold_answer_however or never_be'",
+    ),
+    (
+        "data.py",
+        "        fits = equals_itself(gold)\n",
+        "        pass\n",
+        "test_all.py -k never_be",
+    ),
+    (
+        "data.py",
+        'return verdict == "right" and normalise(gold) != ""',
+        'return verdict == "right"',
+        "test_all.py -k never_be",
+    ),
+    (
+        "data.py",
+        'return verdict == "right" and normalise(gold) != ""',
+        'return normalise(gold) != ""',
+        "test_all.py -k never_be",
+    ),
+    (
+        "data.py",
+        "if name.lower() in COLUMNS]",
+        "]",
+        "test_all.py -k equal_parquet",
+    ),
+    (
+        "data.py",
+        "            if digest not in seen:\n",
+        "            if True:\n",
+        "test_all.py -k equal_parquet",
+    ),
+    (
+        "data.py",
+        "        number += len(batch)\n",
+        "        number += len(new)\n",
+        "test_all.py -k equal_parquet",
+    ),
+    (
+        "data.py",
+        "    check_solvable(name, found[:3])\n",
+        "",
+        "test_all.py -k unsolvable",
+    ),
+    (
+        "data.py",
+        'if rule != "math" or "\\\\boxed" not in text:',
+        "if True:",
+        "test_all.py -k gold_answer_however",
+    ),
+    (
+        "data.py",
+        "numbers = [integer(number) for number in numbers]",
+        "numbers = list(numbers)",
+        "test_all.py -k numbers_of_countdown",
+    ),
+    (
+        "data.py",
+        "        if not line.strip():\n            continue\n",
+        "",
+        "test_all.py -k blank_lines",
+    ),
+    (
+        "data.py",
+        '    if messages[-1]["role"] == "assistant":\n',
+        "    if False:\n",
+        "test_all.py -k never_be",
     ),
     # ---- verify.py
     (
