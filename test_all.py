@@ -2032,6 +2032,26 @@ def test_without_a_second_temperature_aepo_changes_nothing(monkeypatch):
         ("clip_cov", "cov_fraction=1e-2", "cov_frac=0.0002"),
         ("clip_cov", "cov_frac=20", "not per cent"),
         ("clip_cov", "cov_frac=many", "a number"),
+        ("aepo", "most_rows=1.5", "a whole number"),
+        ("aepo", "most_rows=-1", "0 or more"),
+        ("grpo", "clip_low=inf", "a finite number"),
+        ("grpo", "clip_low=-0.5", "above 0 and at most 1"),
+        ("grpo", "clip_low=0", "above 0 and at most 1"),
+        ("clip_cov", "clip_low=5", "clip_low=5: it must be above 0 and at most 1"),
+        ("cispo", "clip_low=20", "above 0 and at most 10"),
+        ("grpo", "clip_high=0", "clip_high=0: it must be above 0$"),
+        ("gspo", "clip_high=-3e-4", "above 0$"),
+        ("flex_clip", "clip=2", "above 0 and at most 1"),
+        ("flex_clip", "narrowest=0.7", "narrowest=0.7 widest=0.6: the first is larger"),
+        ("clip_cov", "cov_low=6", "cov_low=6.0 cov_high=5.0: the first is larger"),
+        ("steer", "max_weight=0.5", "min_weight=0.8 max_weight=0.5: the first is larger"),
+        ("grpo", "dual_clip=1", "above 1$"),
+        ("entropy_advantage", "kappa=0", "above 0$"),
+        ("entropic", "confident=1.5", "at most 1$"),
+        ("aepo", "cold=0", "above 0$"),
+        ("par", "epochs=0", "above 0$"),
+        ("par", "target_entropy=-1", "0 or more"),
+        ("clip_b", "mu=-1", "0 or more"),
         ("steer", "mapping=cubic", "exp"),
         ("steer", "form=final", "theorem"),
         ("steer", "min_weight=0", "min_weight=0.0"),
@@ -2045,6 +2065,35 @@ def test_bad_knobs_are_refused_with_what_there_is(method, setting, complaint):
     settings = [setting] if setting else []
     with pytest.raises(ValueError, match=complaint):
         parse_knobs(method, settings)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_default_of_every_knob_lies_within_its_range(method):
+    functions = METHODS[method], CONTROLLERS.get(method), MASKS.get(method)
+    for knobs in map(train.default_knobs, functions):
+        for name, default in knobs.items():
+            if default is not None and name in train.KNOB_RANGES | dict.fromkeys(
+                train.NOT_NEGATIVE
+            ):
+                assert train.read_knob(name, str(default), default) == default
+
+
+@pytest.mark.parametrize(
+    "method, settings",
+    [
+        ("grpo", "clip_low=1 clip_high=5 dual_clip=3"),
+        ("cispo", "clip_low=10"),
+        ("flex_clip", "upper_slope=-1 narrowest=0.6 widest=0.6"),
+        ("quadrant", "pos_likely=-0.5"),
+        ("entropy_bonus", "entropy_coef=-0.01"),
+        ("par", "target_entropy=0 delta=0"),
+    ],
+)
+def test_knobs_within_their_ranges_are_taken(method, settings):
+    loss_knobs, rule_knobs, _ = parse_knobs(method, settings.split())
+    for setting in settings.split():
+        name, _, text = setting.partition("=")
+        assert (loss_knobs | rule_knobs)[name] == float(text)
 
 
 def test_knobs_reach_loss_and_controller():
@@ -4685,16 +4734,20 @@ def toy(tmp_path_factory):
 
 
 def toy_args(toy, out, name, *more):
-    """Words of a command line. Each of `more` is one word, or several if it begins with --."""
-    words = (
-        f"--model {toy}/model --data {toy}/digits.jsonl --eval_data {toy}/digits.jsonl"
-        f" --out {out} --name {name} --engine torch"
+    """Words of a command line. Each of `more` is one word, or several if it begins with --. The
+    problems are the toy's digits, unless `more` names others."""
+    later = []
+    for text in more:
+        later += text.split() if text.startswith("--") else [text]
+    words = []
+    for flag in ("--data", "--eval_data"):
+        words += [] if flag in later else [flag, f"{toy}/digits.jsonl"]
+    words += (
+        f"--model {toy}/model --out {out} --name {name} --engine torch"
         " --prompts_per_step 8 --group_size 4 --updates_per_rollout 2 --steps 2 --lr 1e-3"
         " --max_prompt_len 8 --max_response_len 4 --eval_every 2 --eval_samples 4 --save_every 2"
     ).split()
-    for text in more:
-        words += text.split() if text.startswith("--") else [text]
-    return words
+    return words + later
 
 
 def toy_run(toy, out, name, *more):

@@ -119,6 +119,66 @@ MUTANTS = [
     # ---- train.py
     (
         "train.py",
+        'if before is self.default or values == ["none"]:',
+        "if before is self.default:",
+        "experiments/test_flags.py -k add_up",
+    ),
+    (
+        "train.py",
+        'if not math.isfinite(value):\n        raise ValueError(f"--{name}',
+        'if math.isnan(value):\n        raise ValueError(f"--{name}',
+        "experiments/test_flags.py -k numbers_must_be",
+    ),
+    (
+        "train.py",
+        'if before is self.default or values == ["none"]:',
+        'if values == ["none"]:',
+        "experiments/test_flags.py -k add_up",
+    ),
+    (
+        "train.py",
+        "setattr(namespace, self.dest, before + values)",
+        "setattr(namespace, self.dest, values)",
+        "experiments/test_flags.py -k add_up",
+    ),
+    (
+        "train.py",
+        "    expand_home(cfg)\n",
+        "",
+        "experiments/test_flags.py -k home",
+    ),
+    (
+        "train.py",
+        "    check_order(loss_knobs)\n",
+        "",
+        "test_all.py -k bad_knobs",
+    ),
+    (
+        "train.py",
+        "    high = max(high, default or 0)\n",
+        "",
+        "test_all.py -k knobs_within",
+    ),
+    (
+        "train.py",
+        "    if not low < value <= high:\n",
+        "    if not low <= value <= high:\n",
+        "test_all.py -k bad_knobs",
+    ),
+    (
+        "train.py",
+        "            check_words(name, value)\n",
+        "            pass\n",
+        "experiments/test_flags.py -k refused_on_two",
+    ),
+    (
+        "train.py",
+        "    parser.error = refuse\n",
+        "",
+        "experiments/test_flags.py -k refused_on_two",
+    ),
+    (
+        "train.py",
         "if model in tiny.SIZES:\n        parser",
         'if model == "tiny":\n        parser',
         "experiments/test_flags.py -k defaults_of_the_tiny",
@@ -143,14 +203,14 @@ MUTANTS = [
     ),
     (
         "train.py",
-        "(value > 0 or value == 0 and name in MAY_BE_ZERO)",
-        "(value >= 0)",
+        "if value <= 0 and name not in MAY_BE_ZERO:",
+        "if value < 0 and name not in MAY_BE_ZERO:",
         "experiments/test_flags.py -k numbers_must_be",
     ),
     (
         "train.py",
-        "(value > 0 or value == 0 and name in MAY_BE_ZERO)",
-        "(value > 0 or name in MAY_BE_ZERO)",
+        "if value < 0 and name in MAY_BE_ZERO:",
+        "if value < 0 and not name:",
         "experiments/test_flags.py -k numbers_must_be",
     ),
     (
@@ -227,8 +287,8 @@ MUTANTS = [
     ),
     (
         "train.py",
-        ' or cfg.name.startswith(".")',
-        "",
+        'cfg.name.startswith((".", "~"))',
+        "False",
         "experiments/test_flags.py -k refused_on_two_ranks",
     ),
     (
@@ -786,7 +846,7 @@ MUTANTS = [
     ),
     (
         "train.py",
-        "value = int(text) if type(default) is int else float(text)",
+        "value = int(text) if is_integer else float(text)",
         "value = float(text)",
         "experiments/test_metrics.py -k 'test_knobs_are_read_by'",
     ),
@@ -798,8 +858,8 @@ MUTANTS = [
     ),
     (
         "train.py",
-        "if not math.isfinite(value):",
-        "if math.isnan(value):",
+        'if not math.isfinite(value):\n        raise ValueError(f"--knobs',
+        'if math.isnan(value):\n        raise ValueError(f"--knobs',
         "experiments/test_metrics.py -k 'test_knobs_are_read_by'",
     ),
     (
