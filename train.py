@@ -316,7 +316,7 @@ def check_values(cfg):
             f"--prompts_per_step {cfg.prompts_per_step} must be a multiple of {ranks} (ranks) x "
             f"{cfg.updates_per_rollout} (--updates_per_rollout)"
         )
-    if cfg.record_step > cfg.steps:
+    if 0 < cfg.steps < cfg.record_step:
         raise ValueError(
             f"--record_step {cfg.record_step} is after the last of --steps {cfg.steps}"
         )

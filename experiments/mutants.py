@@ -1827,12 +1827,6 @@ MUTANTS = [
     ),
     (
         "record.py",
-        "elif self.cfg.overwrite:",
-        "if self.cfg.overwrite:",
-        "experiments/test_flags.py -k 'resume_of_references and kl_loss'",
-    ),
-    (
-        "record.py",
         "shutil.rmtree(self.folder, ignore_errors=True)",
         "pass",
         "experiments/test_flags.py -k overwrite_leaves",

@@ -279,10 +279,10 @@ def test_adv_norm_seen_in_the_loss_at_ratio_one(norm, toy, tmp_path, no_figures)
 
 
 def test_dynamic_sampling_draws_again_at_most_max_resample_times(toy, tmp_path, no_figures):
-    """From problems that no answer solves, every round is drawn in vain; the counter of the
-    checkpoint says how many."""
+    """From a problem whose answers are all too long, every round is drawn in vain; the counter of
+    the checkpoint says how many."""
     problem = {"prompt": [{"role": "user", "content": "7"}]}
-    problem["reward_model"] = {"ground_truth": {"numbers": [13, 13], "target": 7}}
+    problem["reward_model"] = {"ground_truth": {"numbers": [13, 13, 13], "target": 39}}
     (tmp_path / "no_way.jsonl").write_text(json.dumps(problem) + "\n")
     for name, words, rounds in (
         ("plain", "", 1),
@@ -732,6 +732,7 @@ def test_rollout_tp_of_zero_is_refused():
         ("--resume --dry_run", ""),
         ("--resume --overwrite", "choose one"),
         ("--record_step 100", ""),
+        ("--record_step 101 --steps 0", ""),
         ("--record_step 101", "--record_step 101 is after the last of --steps 100"),
         ("--rollout_gpu_memory 1", ""),
         ("--rollout_gpu_memory 1.5", "--rollout_gpu_memory 1.5: a fraction in (0, 1]"),
@@ -919,8 +920,8 @@ def test_when_a_run_evaluates_saves_and_records(toy, tmp_path, no_figures):
     names = [name for name in rows[5] if name.startswith("eval/")]
     metrics = {name.removeprefix("eval/"): rows[5][name] for name in names}
     assert file == settings | metrics
-    toy_run(toy, tmp_path, "one", words, "--steps 3 --keep_checkpoints 1 --eval_data none")
-    assert saved(tmp_path / "one") == [3]
+    toy_run(toy, tmp_path, "one", words, "--steps 4 --keep_checkpoints 1 --eval_data none")
+    assert saved(tmp_path / "one") == [4]
 
 
 def test_config_holds_what_was_given(plain, toy):
@@ -932,7 +933,7 @@ def test_config_holds_what_was_given(plain, toy):
 @pytest.mark.parametrize("method", ["kl_loss", "clip_cov"])
 def test_resume_of_references_and_random_draws(method, toy, tmp_path, no_figures):
     """The reference stays the base; what is drawn at random depends on seed and step, not on what
-    was drawn before. --overwrite beside --resume deletes nothing."""
+    was drawn before."""
     knobs = {"kl_loss": "kl_coef=0.5", "clip_cov": "cov_low=-9 cov_high=9 cov_frac=0.3"}[method]
     words = "--lr 1e-2 --dynamic_sampling --steps 3 --eval_every 9 --method"
     words = f"{words} {method} --knobs {knobs}"
@@ -941,7 +942,7 @@ def test_resume_of_references_and_random_draws(method, toy, tmp_path, no_figures
     drawn = state_of(tmp_path / "run", 3)["drawn"]
     for step in (2, 3):
         shutil.rmtree(tmp_path / "run" / f"checkpoint-{step}")
-    again = flag_run(toy, tmp_path, "run", words, "--resume", "--overwrite")
+    again = flag_run(toy, tmp_path, "run", words, "--resume")
     assert without_times(again) == without_times(whole) and saved(tmp_path / "run") == [1, 2, 3]
     after = weights(tmp_path / "run")
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
