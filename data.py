@@ -167,8 +167,8 @@ def question_schema(columns, rule):
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"the question is no text: {shortened(question)}")
     prompt = question + ("" if rule == "countdown" else BOXED)
-    if "####" in str(answer):  # GSM8K: reasoning, then `#### 18`
-        answer = str(answer).rpartition("####")[2]
+    if isinstance(answer, str) and "####" in answer:  # GSM8K: reasoning, then `#### 18`
+        answer = answer.rpartition("####")[2]
     return prompt, answer
 
 
@@ -238,7 +238,7 @@ def checked_message(message):
 
 def gold_answer(answer, rule):
     """The gold answer as the text that the rule takes; ValueError if no response could equal it. Of
-    a rule that is not ours it knows nothing but the length."""
+    a rule that is not ours it knows only that it needs a text that is not too long."""
     if rule == "countdown":
         if isinstance(answer, str) and answer.lstrip().startswith("{"):
             answer = json_of(answer, "the answer")

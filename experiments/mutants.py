@@ -121,7 +121,7 @@ MUTANTS = [
         "train.py",
         'if before is self.default or values == ["none"]:',
         "if before is self.default:",
-        "experiments/test_flags.py -k add_up",
+        "experiments/test_flags.py -k adds_up",
     ),
     (
         "train.py",
@@ -133,19 +133,19 @@ MUTANTS = [
         "train.py",
         'if before is self.default or values == ["none"]:',
         'if values == ["none"]:',
-        "experiments/test_flags.py -k add_up",
+        "experiments/test_flags.py -k adds_up",
     ),
     (
         "train.py",
         "setattr(namespace, self.dest, before + values)",
         "setattr(namespace, self.dest, values)",
-        "experiments/test_flags.py -k add_up",
+        "experiments/test_flags.py -k adds_up",
     ),
     (
         "train.py",
         "    expand_home(cfg)\n",
         "",
-        "experiments/test_flags.py -k home",
+        "experiments/test_flags.py -k the_home_folder",
     ),
     (
         "train.py",
@@ -2056,8 +2056,8 @@ MUTANTS = [
     # ---- data.py
     (
         "data.py",
-        'str(answer).rpartition("####")[2]',
-        'str(answer).partition("####")[2]',
+        'answer.rpartition("####")[2]',
+        'answer.partition("####")[2]',
         "experiments/test_rollouts.py -k test_columns",
     ),
     (
