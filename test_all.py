@@ -2035,6 +2035,26 @@ def test_without_a_second_temperature_aepo_changes_nothing(monkeypatch):
         ("clip_cov", "cov_fraction=1e-2", "cov_frac=0.0002"),
         ("clip_cov", "cov_frac=20", "not per cent"),
         ("clip_cov", "cov_frac=many", "a number"),
+        ("aepo", "most_rows=1.5", "a whole number"),
+        ("aepo", "most_rows=-1", "0 or more"),
+        ("grpo", "clip_low=inf", "a finite number"),
+        ("grpo", "clip_low=-0.5", "above 0 and at most 1"),
+        ("grpo", "clip_low=0", "above 0 and at most 1"),
+        ("clip_cov", "clip_low=5", "clip_low=5: it must be above 0 and at most 1"),
+        ("cispo", "clip_low=20", "above 0 and at most 10"),
+        ("grpo", "clip_high=0", "clip_high=0: it must be above 0$"),
+        ("gspo", "clip_high=-3e-4", "above 0$"),
+        ("flex_clip", "clip=2", "above 0 and at most 1"),
+        ("flex_clip", "narrowest=0.7", "narrowest=0.7 widest=0.6: the first is larger"),
+        ("clip_cov", "cov_low=6", "cov_low=6.0 cov_high=5.0: the first is larger"),
+        ("steer", "max_weight=0.5", "min_weight=0.8 max_weight=0.5: the first is larger"),
+        ("grpo", "dual_clip=1", "above 1$"),
+        ("entropy_advantage", "kappa=0", "above 0$"),
+        ("entropic", "confident=1.5", "at most 1$"),
+        ("aepo", "cold=0", "above 0$"),
+        ("par", "epochs=0", "above 0$"),
+        ("par", "target_entropy=-1", "0 or more"),
+        ("clip_b", "mu=-1", "0 or more"),
         ("steer", "mapping=cubic", "exp"),
         ("steer", "form=final", "theorem"),
         ("steer", "min_weight=0", "min_weight=0.0"),
@@ -2048,6 +2068,35 @@ def test_bad_knobs_are_refused_with_what_there_is(method, setting, complaint):
     settings = [setting] if setting else []
     with pytest.raises(ValueError, match=complaint):
         parse_knobs(method, settings)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_default_of_every_knob_lies_within_its_range(method):
+    functions = METHODS[method], CONTROLLERS.get(method), MASKS.get(method)
+    for knobs in map(train.default_knobs, functions):
+        for name, default in knobs.items():
+            if default is not None and name in train.KNOB_RANGES | dict.fromkeys(
+                train.NOT_NEGATIVE
+            ):
+                assert train.read_knob(name, str(default), default) == default
+
+
+@pytest.mark.parametrize(
+    "method, settings",
+    [
+        ("grpo", "clip_low=1 clip_high=5 dual_clip=3"),
+        ("cispo", "clip_low=10"),
+        ("flex_clip", "upper_slope=-1 narrowest=0.6 widest=0.6"),
+        ("quadrant", "pos_likely=-0.5"),
+        ("entropy_bonus", "entropy_coef=-0.01"),
+        ("par", "target_entropy=0 delta=0"),
+    ],
+)
+def test_knobs_within_their_ranges_are_taken(method, settings):
+    loss_knobs, rule_knobs, _ = parse_knobs(method, settings.split())
+    for setting in settings.split():
+        name, _, text = setting.partition("=")
+        assert (loss_knobs | rule_knobs)[name] == float(text)
 
 
 def test_knobs_reach_loss_and_controller():
@@ -3122,6 +3171,184 @@ def test_rules_that_do_not_fit_are_refused_in_one_line(write_rows):
     assert "row 1" in complaint(arithmetic, "countdown")
 
 
+def one_problem(write_rows, row, rule=None):
+    (problem,) = load_problems(write_rows("one.jsonl", [row]), rule)
+    return problem
+
+
+def question(answer):
+    return {"question": "?", "answer": answer}
+
+
+def verl_row(gold, prompt=CHAT):
+    return {"prompt": prompt, "reward_model": {"ground_truth": gold}}
+
+
+@pytest.mark.parametrize(
+    "row, gold",
+    [
+        (question(r"\boxed{2}"), "2"),
+        (question(r"$x = \boxed{\frac{1}{2}}$."), r"\frac{1}{2}"),
+        (question(r"so #### \boxed{3}"), "3"),
+        (question([r"\boxed{2}", 3]), "2, 3"),
+        (verl_row(r"\boxed{2}"), "2"),
+        ({"question": "?", "solution": r"It is \boxed{\boxed{2}}."}, "2"),
+        ({"question": "?", "solution": ["First,", r"it is \boxed{2}."]}, "2"),
+        ({"question": "?", "answer": math.nan, "final_answer": "2"}, "2"),  # as pandas writes null
+        (question(2), "2"),
+        (question(2.0), "2.0"),
+        (question(1e-7), "1e-07"),
+        (question(True), "True"),
+        (verl_row(5), "5"),
+        ({"prompt": CHAT, "reward_model": '{"ground_truth": "2", "style": "rule"}'}, "2"),
+    ],
+)
+def test_a_gold_answer_however_it_is_written(row, gold, write_rows):
+    problem = one_problem(write_rows, row)
+    assert problem.answer == gold
+    assert rewards_of([problem] * 2, [f"\\boxed{{{gold}}}", r"\boxed{77}"]) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "row, why",
+    [
+        # no answer, or none that a response could equal
+        ({"question": "?", "solution": "It is 2."}, "no answer found in the solution, which ends"),
+        ({"question": "?", "solution": r"It is \boxed{}"}, "no answer found in the solution"),
+        (question(""), "cannot judge the answer ''"),
+        (question(" "), "cannot judge the answer ''"),
+        (question("$$"), "cannot judge the answer '$$'"),
+        (question(r"\text{ }"), "cannot judge the answer"),
+        (question("{2"), "cannot judge the answer '{2'"),
+        (question("2}"), "cannot judge the answer '2}'"),
+        (question(r"\boxed{}"), r"one whole \boxed{...}"),
+        (question(r"\boxed{2"), r"one whole \boxed{...}"),
+        (question(r"\boxed{1}, \boxed{2}"), r"one whole \boxed{...}"),
+        (question("nan"), "no answer found: it is 'nan'"),
+        (question("None"), "no answer found: it is 'None'"),
+        (question(math.inf), "no answer found: it is inf"),
+        (question(["1", None]), "an answer is a text or a number, not None"),
+        (question([["1"]]), "an answer is a text or a number, not ['1']"),
+        (question([]), "cannot judge the answer ''"),
+        (question(None), "has the columns question, answer (nothing in answer); understood are"),
+        (verl_row(None), "reward_model has nothing in ground_truth"),
+        (verl_row(math.nan), "reward_model has nothing in ground_truth"),
+        ({"prompt": CHAT, "reward_model": "{'ground_truth': 2}"}, "looks like JSON and is none"),
+        ({"prompt": CHAT, "reward_model": 2}, "reward_model has nothing in ground_truth"),
+        (verl_row({"target": 3}), "numbers and a target are expected"),
+        ({**question("1"), "Answer": "2"}, "has the column answer twice"),
+        # prompts
+        (verl_row("2", ""), "the prompt is empty"),
+        (verl_row("2", []), "the prompt is empty"),
+        (verl_row("2", 7), "neither a text nor messages: 7"),
+        (verl_row("2", ["1+1?"]), "a message needs a role and a content, not '1+1?'"),
+        (verl_row("2", [{"from": "human", "value": "1+1?"}]), "needs a role and a content"),
+        (verl_row("2", [{"role": "user", "content": None}]), "role and content must be texts"),
+        (verl_row("2", [{"role": "user", "content": " "}]), "the prompt is empty"),
+        (verl_row("2", [{"role": "system", "content": "1+1?"}]), "no message of the role user"),
+        (verl_row("2", [*CHAT, {"role": "assistant", "content": "2"}]), "ends in an answer"),
+        (verl_row("2", "[{'role': 'user', 'content': '1+1?'}]"), "the prompt looks like JSON"),
+        (
+            verl_row("2", [{"role": "user", "content": [{"type": "image"}, {"text": "?"}]}]),
+            "role and content must be texts",
+        ),
+        ({"question": " ", "answer": "2"}, "the question is no text: ' '"),
+        ({"question": ["a"], "answer": "2"}, "the question is no text: ['a']"),
+        (verl_row("2", "\ud83d"), "surrogates not allowed"),
+        # Countdown
+        ({"nums": [], "target": 1}, "a list, not []"),
+        ({"nums": "1 2", "target": 1}, "a list, not '1 2'"),
+        ({"nums": [[1, 2]], "target": 1}, "whole numbers, not [1, 2]"),
+        ({"nums": [1, True], "target": 1}, "whole numbers, not True"),
+        ({"nums": [1, 2.5], "target": 1}, "whole numbers, not 2.5"),
+        ({"nums": [1, None], "target": 1}, "whole numbers, not None"),
+        ({"nums": [1, 2], "target": "three"}, "whole numbers, not 'three'"),
+        ({"nums": [5, -2], "target": 3}, "from 0"),
+        ({"nums": [1] * 101, "target": 3}, "200 characters"),
+    ],
+)
+def test_a_row_that_could_never_be_right_is_refused(row, why, write_rows):
+    told = complaint(write_rows("never.jsonl", [question("1"), row]))
+    assert "never.jsonl, row 2: " in told and why in told
+
+
+def test_numbers_of_countdown_may_be_texts_or_floats(write_rows):
+    expected = one_problem(write_rows, {"nums": [3, 1], "target": 4})
+    assert one_problem(write_rows, {"nums": ["3", 1.0], "target": "4"}) == expected
+    texts = one_problem(write_rows, verl_row({"target": 4.0, "numbers": ["3", "1"]}))
+    assert texts.answer == expected.answer
+    assert rewards_of([texts], ["3+1"]) == [1.0]
+
+
+def test_messages_may_be_a_text_or_hold_parts(write_rows):
+    parts = [{"type": "text", "text": "1+"}, {"type": "text", "text": "1?"}]
+    for prompt in (json.dumps(CHAT), [{"role": "user", "content": parts, "name": None}]):
+        assert one_problem(write_rows, verl_row("2", prompt)).prompt == CHAT
+    assert one_problem(write_rows, verl_row("2", "[1, 2] has what sum?")).prompt[0] == "["
+
+
+def test_unsolvable_countdown_is_refused(write_rows):
+    unsolvable = {"nums": [1, 1], "target": 9}
+    told = complaint(write_rows("u.jsonl", [unsolvable, {"nums": [1, 1, 1], "target": 9}]))
+    assert "none of the first 2 problems has a solution" in told
+    some = [unsolvable, COUNTDOWN_ROW]
+    assert len(load_problems(write_rows("s.jsonl", some))) == 2
+    six_numbers = {"nums": [1] * 6, "target": 99}  # to try all would take long
+    assert load_problems(write_rows("long.jsonl", [six_numbers]))
+
+
+def test_json_with_blank_lines_or_as_one_array(write_rows, tmp_path):
+    rows = [question("1"), question("2")]
+    expected = load_problems(write_rows("plain.jsonl", rows))
+    lines = [json.dumps(row) for row in rows]
+    for name, text in {
+        "blank.jsonl": "\n".join(["", *lines, "  ", ""]),
+        "windows.JSONL": "\ufeff" + "\r\n\r\n".join(lines),
+        "array.jsonl": json.dumps(rows),
+        "array.json": "\ufeff\n" + json.dumps(rows, indent=1),
+        "lines.json": "\n".join(lines),
+    }.items():
+        (tmp_path / name).write_text(text)
+        assert load_problems(tmp_path / name) == expected, name
+    (tmp_path / "late.jsonl").write_text("\n\n" + lines[0] + "\n{}")
+    assert "late.jsonl, row 4: has the columns" in complaint(tmp_path / "late.jsonl")
+    (tmp_path / "half.json").write_text("[" + lines[0])
+    assert "begins with [ and is no JSON array" in complaint(tmp_path / "half.json")
+    (tmp_path / "object.json").write_text(json.dumps({"train": rows}, indent=1))
+    assert "line 1 is not a whole JSON object" in complaint(tmp_path / "object.json")
+    (tmp_path / "rows.csv").write_text("question,answer\n?,1")
+    assert "not a .jsonl, .json or .parquet file; convert" in complaint(tmp_path / "rows.csv")
+    assert "no such file" in complaint("C:\\data\\rows")
+    assert "no such file" in complaint("~nobody/rows")
+
+
+def test_of_equal_parquet_rows_only_the_first_is_made_a_dictionary(tmp_path, monkeypatch):
+    """Equal in the columns that are read, across batches, whatever the columns' types."""
+    import pyarrow
+    import pyarrow.parquet
+
+    monkeypatch.setattr(data, "BATCH", 4)
+    rows = []
+    for i, prompt in enumerate("aabacbad"):
+        chat = [{"role": "user", "content": prompt}, {"role": "user", "content": "?"}]
+        rows.append({**verl_row(str(i // 6), chat), "index": i})
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    read = list(data.read_rows(str(tmp_path / "rows.parquet")))
+    assert [number for number, _ in read] == [1, 3, 5, 7, 8]
+    assert [row for _, row in read] == [rows[number - 1] for number, _ in read]
+
+    columns = {
+        "prompt": pyarrow.array(["a", "a", None, "a", "a"]).dictionary_encode(),
+        "nums": pyarrow.array([[1, 2], [1, 2], [12], [12], [1, 2]]),
+        "target": pyarrow.array([1.5, 1.5, 1.5, 1.5, None]),
+        "reward_model": pyarrow.array([{"a": b"\xff"}] * 4 + [{"a": None}]),
+        "other": pyarrow.array(range(5)),
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "types.parquet")
+    read = data.read_rows(str(tmp_path / "types.parquet"))
+    assert [number for number, _ in read] == [1, 3, 4, 5]
+
+
 # A row by hand in the schema of each set that data.py names, and the gold answer in it.
 HUB = {
     "BytedTsinghua-SIA/DAPO-Math-17k": (
@@ -3282,6 +3509,18 @@ def test_render():
     )
     assert ids("hi") == [0, 2, 3]
     assert ids(chat) == [0, 2, 4, 3]
+
+    for template in ("{{ raise_exception('No system.') }}", "{{ messages[0].content + 1 }}"):
+        tokenizer.chat_template = template
+        with pytest.raises(ValueError, match="refuses messages of the roles user, user .* 'hi'"):
+            ids(chat)
+
+
+def test_a_prompt_of_which_no_token_is_left_is_refused():
+    tokenizer = tiny.make_tokenizer()  # knows digits, and drops letters
+    sets = {"a": [Problem("1", "1", "math"), Problem("Why?", "1", "math")]}
+    with pytest.raises(ValueError, match="leaves nothing of the prompt 'Why"):
+        render_all(sets, tokenizer, 9)
 
 
 CHATML = (
@@ -5007,16 +5246,20 @@ def toy(tmp_path_factory):
 
 
 def toy_args(toy, out, name, *more):
-    """Words of a command line. Each of `more` is one word, or several if it begins with --."""
-    words = (
-        f"--model {toy}/model --data {toy}/digits.jsonl --eval_data {toy}/digits.jsonl"
-        f" --out {out} --name {name} --engine torch"
+    """Words of a command line. Each of `more` is one word, or several if it begins with --. The
+    problems are the toy's digits, unless `more` names others."""
+    later = []
+    for text in more:
+        later += text.split() if text.startswith("--") else [text]
+    words = []
+    for flag in ("--data", "--eval_data"):
+        words += [] if flag in later else [flag, f"{toy}/digits.jsonl"]
+    words += (
+        f"--model {toy}/model --out {out} --name {name} --engine torch"
         " --prompts_per_step 8 --group_size 4 --updates_per_rollout 2 --steps 2 --lr 1e-3"
         " --max_prompt_len 8 --max_response_len 4 --eval_every 2 --eval_samples 4 --save_every 2"
     ).split()
-    for text in more:
-        words += text.split() if text.startswith("--") else [text]
-    return words
+    return words + later
 
 
 def toy_run(toy, out, name, *more):

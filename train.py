@@ -20,6 +20,7 @@ from rollout import prepare_environment
 prepare_environment()  # RANK ... for plain python, vLLM's variables
 
 import argparse
+import difflib
 import inspect
 import math
 import os
@@ -98,9 +99,21 @@ from verify import RULES
 # ---- configuration: every field is a flag --------------------------------------------------------
 
 
+class AddUp(argparse.Action):
+    """A list flag that is given twice adds up: `--data a --data b` is `--data a b`. The word none
+    takes back what stood before it, so that a script's sets can be turned off."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        if before is self.default or values == ["none"]:
+            before = []
+        setattr(namespace, self.dest, before + values)
+
+
 def flag(default, help):
     metadata = {"help": help}
     if isinstance(default, list):
+        metadata["action"] = AddUp
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
@@ -115,7 +128,7 @@ class Data:
     )
     data: list[str] = flag(
         ["countdown"],
-        "training problems: .jsonl, .parquet, hub names; countdown: those of tiny.py",
+        "training problems: .jsonl, .json, .parquet, hub names; countdown: those of tiny.py",
     )
     rule: str = flag(
         "", "rule of verify.RULES that rewards answers; if empty: by the data's columns"
@@ -233,6 +246,8 @@ MAY_BE_ZERO = {
     "record_step",
     "rollout_gpu_memory",
 }
+AT_MOST_ONE = {"rollout_gpu_memory"}
+MAY_BE_EMPTY = {"rule", "name", "log_to"}
 INCOMPATIBLE = {  # (method, flag): why they do not go together
     ("w_reinforce", "dynamic_sampling"): (
         "it has no baseline, so equal rewards do teach; leave the flag out"
@@ -270,6 +285,7 @@ def parse(argv):
         formatter_class=OneLine,
         allow_abbrev=False,
     )
+    parser.error = refuse
     without_help = [word for word in argv if word not in ("-h", "--help")]
     given = parser.parse_known_args(without_help)[0]
     model = given.model
@@ -277,7 +293,13 @@ def parse(argv):
         parser.set_defaults(**tiny.DEFAULTS)
     if torch.cuda.is_available() and given.steps:  # an evaluation keeps the policy on the CPU
         parser.set_defaults(**ON_GPUS)
-    cfg = parser.parse_args(argv)
+    cfg, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [f"--{name}" for name in vars(cfg)]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"{unknown[0]}: there is no such flag; {hint}--help lists all")
+    expand_home(cfg)
     if model in tiny.SIZES:
         cfg.knobs = tiny.KNOBS.get(cfg.method, []) + cfg.knobs
     parse_knobs(cfg.method, cfg.knobs)
@@ -287,7 +309,8 @@ def parse(argv):
     check_values(cfg)
     cfg.engine = resolve_engine(cfg.engine, cfg.rollout_tp)
     cfg.name = cfg.name or default_name(cfg)
-    if Path(cfg.name).name != cfg.name or cfg.name.startswith("."):
+    is_one_folder = Path(cfg.name).name == cfg.name and cfg.name.isprintable()
+    if not is_one_folder or cfg.name.startswith((".", "~")):
         raise ValueError(
             f"--name {cfg.name}: one folder's name is expected; --out says where it goes"
         )
@@ -295,13 +318,28 @@ def parse(argv):
     return cfg
 
 
+def refuse(message):
+    """In place of argparse's, which prints its usage on every rank."""
+    raise ValueError(message)
+
+
+def expand_home(cfg):
+    """~ is the home folder in flags that name files; a shell leaves it in `--out=~/x`."""
+    cfg.model = os.path.expanduser(cfg.model)
+    cfg.out = os.path.expanduser(cfg.out)
+    cfg.data = [os.path.expanduser(name) for name in cfg.data]
+    cfg.eval_data = [os.path.expanduser(name) for name in cfg.eval_data]
+
+
 def check_values(cfg):
     """ValueError for a value that no run can have."""
     for name, value in vars(cfg).items():
-        is_number = type(value) in (int, float)
-        allowed = is_number and (value > 0 or value == 0 and name in MAY_BE_ZERO)
-        if is_number and not allowed:
-            raise ValueError(f"--{name} {value}: it must be positive")
+        if type(value) in (int, float):
+            check_number(name, value)
+        elif isinstance(value, list):
+            check_words(name, value)
+        elif isinstance(value, str) and not value.strip() and name not in MAY_BE_EMPTY:
+            raise ValueError(f"--{name} is empty; give a value, or leave the flag out")
     for name, choices in (CHOICES | {"rule": ("", *RULES)}).items():
         value = getattr(cfg, name)
         if value not in choices:
@@ -313,12 +351,37 @@ def check_values(cfg):
             f"--prompts_per_step {cfg.prompts_per_step} must be a multiple of {ranks} (ranks) x "
             f"{cfg.updates_per_rollout} (--updates_per_rollout)"
         )
+    if 0 < cfg.steps < cfg.record_step:
+        raise ValueError(
+            f"--record_step {cfg.record_step} is after the last of --steps {cfg.steps}"
+        )
+    if cfg.resume and cfg.overwrite:
+        raise ValueError("--resume goes on with a run and --overwrite deletes it: choose one")
     if cfg.seed * cfg.group_size >= 2**28:
         raise ValueError("--seed x --group_size must stay below 2^28")
     if cfg.dynamic_sampling and cfg.group_size == 1:
         raise ValueError("--dynamic_sampling needs groups of 2 or more")
     if cfg.lora_rank and not find_spec("peft"):
         raise ValueError("--lora_rank needs the package peft: run `pip install peft`")
+
+
+def check_number(name, value):
+    if not math.isfinite(value):
+        raise ValueError(f"--{name} {value}: a finite number is expected")
+    if value < 0 and name in MAY_BE_ZERO:
+        raise ValueError(f"--{name} {value}: it must be 0 or more")
+    if value <= 0 and name not in MAY_BE_ZERO:
+        raise ValueError(f"--{name} {value}: it must be positive")
+    if value > 1 and name in AT_MOST_ONE:
+        raise ValueError(f"--{name} {value}: a fraction in (0, 1] is expected")
+
+
+def check_words(name, words):
+    for word in words:
+        if not word.strip():
+            raise ValueError(f"--{name} holds an empty word; give a value, or leave the flag out")
+        if "," in word and not os.path.exists(word):
+            raise ValueError(f"--{name} {word}: several are separated by spaces, not by commas")
 
 
 def default_name(cfg):
@@ -406,6 +469,8 @@ def parse_knobs(method, settings):
     known |= rule_knobs | mask_knobs
     for setting in settings:
         name, _, text = setting.partition("=")
+        if "," in setting:
+            raise ValueError(f"--knobs {setting}: several are separated by spaces, not by commas")
         if name not in known:
             listed = ", ".join(f"{knob}={default}" for knob, default in known.items())
             raise ValueError(
@@ -415,27 +480,65 @@ def parse_knobs(method, settings):
         for knobs in (loss_knobs, rule_knobs, mask_knobs):
             if name in knobs:
                 knobs[name] = value
+    check_order(loss_knobs)
     try_on_two_tokens(method, loss_knobs, rule_knobs)
     return loss_knobs, rule_knobs, mask_knobs
 
 
+# What a knob of this name may be in every method: above the first number, at most the second.
+KNOB_RANGES = {
+    "clip_low": (0, 1),  # more, as cispo's 10, is no bound at all
+    "clip_high": (0, math.inf),
+    "clip": (0, 1),
+    "narrowest": (0, math.inf),
+    "widest": (0, math.inf),
+    "dual_clip": (1, math.inf),
+    "kappa": (0, math.inf),
+    "confident": (0, 1),
+    "hot": (0, math.inf),
+    "cold": (0, math.inf),
+    "epochs": (0, math.inf),
+}
+NOT_NEGATIVE = {"target_entropy", "target_ratio", "delta", "max_coef", "rate", "most_rows", "mu"}
+# The first of two knobs may not be larger than the second.
+ORDERED = (("cov_low", "cov_high"), ("narrowest", "widest"), ("min_weight", "max_weight"))
+
+
 def read_knob(name, text, default):
-    """The value in `name=text`, of the default's type; dual_clip takes none too. Fractions must lie
-    in (0, 1]."""
+    """The value in `name=text`, of the default's type; dual_clip takes none too. It must lie in the
+    knob's range; fractions lie in (0, 1]."""
     if isinstance(default, str):
         return text
     if text == "none" and name == "dual_clip":
         return None
     setting = f"{name}={text}"
+    is_integer = type(default) is int
     try:
-        value = int(text) if type(default) is int else float(text)
+        value = int(text) if is_integer else float(text)
     except ValueError:
-        raise ValueError(f"--knobs {setting}: a number is expected after '='") from None
+        kind = "whole number" if is_integer else "number"
+        raise ValueError(f"--knobs {setting}: a {kind} is expected after '='") from None
     if not math.isfinite(value):
         raise ValueError(f"--knobs {setting}: a finite number is expected")
     if name.endswith("_frac") and not 0 < value <= 1:
         raise ValueError(f"--knobs {setting}: a fraction in (0, 1] is expected, not per cent")
+    if name in NOT_NEGATIVE and value < 0:
+        raise ValueError(f"--knobs {setting}: it must be 0 or more")
+    low, high = KNOB_RANGES.get(name, (-math.inf, math.inf))
+    high = max(high, default or 0)
+    if not low < value <= high:
+        at_most = f" and at most {high:g}" if high < math.inf else ""
+        raise ValueError(f"--knobs {setting}: it must be above {low}{at_most}")
     return value
+
+
+def check_order(knobs):
+    for small, large in ORDERED:
+        if small in knobs and knobs[small] > knobs[large]:
+            raise ValueError(
+                f"--knobs {small}={knobs[small]} {large}={knobs[large]}: the first is larger than "
+                "the second"
+            )
 
 
 def example_state(method, rule_knobs):

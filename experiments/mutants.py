@@ -119,6 +119,66 @@ MUTANTS = [
     # ---- train.py
     (
         "train.py",
+        'if before is self.default or values == ["none"]:',
+        "if before is self.default:",
+        "experiments/test_flags.py -k adds_up",
+    ),
+    (
+        "train.py",
+        'if not math.isfinite(value):\n        raise ValueError(f"--{name}',
+        'if math.isnan(value):\n        raise ValueError(f"--{name}',
+        "experiments/test_flags.py -k numbers_must_be",
+    ),
+    (
+        "train.py",
+        'if before is self.default or values == ["none"]:',
+        'if values == ["none"]:',
+        "experiments/test_flags.py -k adds_up",
+    ),
+    (
+        "train.py",
+        "setattr(namespace, self.dest, before + values)",
+        "setattr(namespace, self.dest, values)",
+        "experiments/test_flags.py -k adds_up",
+    ),
+    (
+        "train.py",
+        "    expand_home(cfg)\n",
+        "",
+        "experiments/test_flags.py -k the_home_folder",
+    ),
+    (
+        "train.py",
+        "    check_order(loss_knobs)\n",
+        "",
+        "test_all.py -k bad_knobs",
+    ),
+    (
+        "train.py",
+        "    high = max(high, default or 0)\n",
+        "",
+        "test_all.py -k knobs_within",
+    ),
+    (
+        "train.py",
+        "    if not low < value <= high:\n",
+        "    if not low <= value <= high:\n",
+        "test_all.py -k bad_knobs",
+    ),
+    (
+        "train.py",
+        "            check_words(name, value)\n",
+        "            pass\n",
+        "experiments/test_flags.py -k refused_on_two",
+    ),
+    (
+        "train.py",
+        "    parser.error = refuse\n",
+        "",
+        "experiments/test_flags.py -k refused_on_two",
+    ),
+    (
+        "train.py",
         "if model in tiny.SIZES:\n        parser",
         'if model == "tiny":\n        parser',
         "experiments/test_flags.py -k defaults_of_the_tiny",
@@ -143,14 +203,14 @@ MUTANTS = [
     ),
     (
         "train.py",
-        "(value > 0 or value == 0 and name in MAY_BE_ZERO)",
-        "(value >= 0)",
+        "if value <= 0 and name not in MAY_BE_ZERO:",
+        "if value < 0 and name not in MAY_BE_ZERO:",
         "experiments/test_flags.py -k numbers_must_be",
     ),
     (
         "train.py",
-        "(value > 0 or value == 0 and name in MAY_BE_ZERO)",
-        "(value > 0 or name in MAY_BE_ZERO)",
+        "if value < 0 and name in MAY_BE_ZERO:",
+        "if value < 0 and not name:",
         "experiments/test_flags.py -k numbers_must_be",
     ),
     (
@@ -227,8 +287,8 @@ MUTANTS = [
     ),
     (
         "train.py",
-        ' or cfg.name.startswith(".")',
-        "",
+        'cfg.name.startswith((".", "~"))',
+        "False",
         "experiments/test_flags.py -k refused_on_two_ranks",
     ),
     (
@@ -786,7 +846,7 @@ MUTANTS = [
     ),
     (
         "train.py",
-        "value = int(text) if type(default) is int else float(text)",
+        "value = int(text) if is_integer else float(text)",
         "value = float(text)",
         "experiments/test_metrics.py -k 'test_knobs_are_read_by'",
     ),
@@ -798,8 +858,8 @@ MUTANTS = [
     ),
     (
         "train.py",
-        "if not math.isfinite(value):",
-        "if math.isnan(value):",
+        'if not math.isfinite(value):\n        raise ValueError(f"--knobs',
+        'if math.isnan(value):\n        raise ValueError(f"--knobs',
         "experiments/test_metrics.py -k 'test_knobs_are_read_by'",
     ),
     (
@@ -1767,12 +1827,6 @@ MUTANTS = [
     ),
     (
         "record.py",
-        "elif self.cfg.overwrite:",
-        "if self.cfg.overwrite:",
-        "experiments/test_flags.py -k 'resume_of_references and kl_loss'",
-    ),
-    (
-        "record.py",
         "shutil.rmtree(self.folder, ignore_errors=True)",
         "pass",
         "experiments/test_flags.py -k overwrite_leaves",
@@ -2189,26 +2243,26 @@ MUTANTS = [
     ),
     (
         "data.py",
-        'if answer is None and isinstance(columns.get("solution"), str):',
-        'if isinstance(columns.get("solution"), str):',
+        'if answer is None and "solution" in columns:',
+        'if "solution" in columns:',
         "experiments/test_rollouts.py -k test_columns",
     ),
     (
         "data.py",
-        "for key, value in row.items() if value is not None}",
-        "for key, value in row.items()}",
+        "        if is_missing(value):\n            continue\n",
+        "",
         "experiments/test_rollouts.py -k test_columns",
     ),
     (
         "data.py",
-        "columns = {key.lower(): value",
-        "columns = {key: value",
+        "        name = key.lower()\n",
+        "        name = key\n",
         "experiments/test_rollouts.py -k test_columns",
     ),
     (
         "data.py",
-        "return str(answer).strip()",
-        "return str(answer)",
+        "text = str(answer).strip()",
+        "text = str(answer)",
         "experiments/test_rollouts.py -k test_columns",
     ),
     (
@@ -2219,14 +2273,14 @@ MUTANTS = [
     ),
     (
         "data.py",
-        '"content": message["content"]} for message in prompt]',
-        '"content": message["content"], **message} for message in prompt]',
+        'return {"role": message["role"], "content": content}',
+        'return {**message, "content": content}',
         "experiments/test_rollouts.py -k distinct_problems",
     ),
     (
         "data.py",
-        "json.dumps([problem.prompt, problem.answer])",
-        "json.dumps([problem.prompt])",
+        "json.dumps([problem.prompt, problem.answer], ",
+        "json.dumps([problem.prompt], ",
         "experiments/test_rollouts.py -k distinct_problems",
     ),
     (
@@ -2237,8 +2291,8 @@ MUTANTS = [
     ),
     (
         "data.py",
-        "if unfit or not 0 < len(answer) <= MAX_ANSWER:",
-        "if unfit or not 0 < len(answer) < MAX_ANSWER:",
+        "fits = 0 < len(gold) <= MAX_ANSWER",
+        "fits = 0 < len(gold) < MAX_ANSWER",
         "experiments/test_rollouts.py -k rows_that_are_no",
     ),
     (
@@ -2318,6 +2372,78 @@ MUTANTS = [
         'if problem.rule != "countdown":\n        return',
         'if problem.rule == "math" and False:\n        return',
         "experiments/test_rollouts.py -k dry_run_judges",
+    ),
+    (
+        "data.py",
+        "return value is None or value != value",
+        "return value is None",
+        "test_all.py -k 'gold_answer_however or never_be'",
+    ),
+    (
+        "data.py",
+        "        fits = equals_itself(gold)\n",
+        "        pass\n",
+        "test_all.py -k never_be",
+    ),
+    (
+        "data.py",
+        'return verdict == "right" and normalise(gold) != ""',
+        'return verdict == "right"',
+        "test_all.py -k never_be",
+    ),
+    (
+        "data.py",
+        'return verdict == "right" and normalise(gold) != ""',
+        'return normalise(gold) != ""',
+        "test_all.py -k never_be",
+    ),
+    (
+        "data.py",
+        "if name.lower() in COLUMNS]",
+        "]",
+        "test_all.py -k equal_parquet",
+    ),
+    (
+        "data.py",
+        "            if digest not in seen:\n",
+        "            if True:\n",
+        "test_all.py -k equal_parquet",
+    ),
+    (
+        "data.py",
+        "        number += len(batch)\n",
+        "        number += len(new)\n",
+        "test_all.py -k equal_parquet",
+    ),
+    (
+        "data.py",
+        "    check_solvable(name, found[:3])\n",
+        "",
+        "test_all.py -k unsolvable",
+    ),
+    (
+        "data.py",
+        'if rule != "math" or "\\\\boxed" not in text:',
+        "if True:",
+        "test_all.py -k gold_answer_however",
+    ),
+    (
+        "data.py",
+        "numbers = [integer(number) for number in numbers]",
+        "numbers = list(numbers)",
+        "test_all.py -k numbers_of_countdown",
+    ),
+    (
+        "data.py",
+        "        if not line.strip():\n            continue\n",
+        "",
+        "test_all.py -k blank_lines",
+    ),
+    (
+        "data.py",
+        '    if messages[-1]["role"] == "assistant":\n',
+        "    if False:\n",
+        "test_all.py -k never_be",
     ),
     # ---- verify.py
     (

@@ -938,7 +938,7 @@ def test_knobs_are_read_by_their_type_and_refused_by_their_range():
     twice = ["clip_low=0.1", "clip_low=0.4"]
     assert parse_knobs("grpo", twice)[0]["clip_low"] == 0.4  # the last one counts
     for method, setting, complaint in [
-        ("par", "epochs=2.5", "a number is expected"),
+        ("par", "epochs=2.5", "a whole number is expected"),
         ("par", "schedule=weekly", "use entropy, stage"),
         ("flex_clip", "schedule=up", "use id, did or od"),
         ("flex_clip", "upper_share=1", "no knob"),  # its controller sets it

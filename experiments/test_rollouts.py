@@ -737,6 +737,14 @@ BOXED = r"Reason step by step, and put your final answer within \boxed{}."
 GOLD = {"numbers": [3, 1], "target": 4}
 VERL = {"prompt": [{"role": "user", "content": "p"}], "reward_model": {"ground_truth": "v"}}
 
+GOLD_IS_1 = {"reward_model": {"ground_truth": "1"}}
+
+
+def verl(gold, prompt="p"):
+    """A row in verl's columns."""
+    return {"prompt": prompt, "reward_model": {"ground_truth": gold}}
+
+
 # columns of a row; the prompt (its beginning, if it ends in ...) and the gold answer read from them
 COLUMNS = [
     ({"question": "q", "answer": "#### 1\nno: #### 2"}, "q...", "2"),
@@ -802,12 +810,15 @@ def test_distinct_problems_in_order(tmp_path):
     [
         ({"question": "q", "answer": ""}, "row 2: the rule math cannot judge the answer ''"),
         ({"question": "q", "answer": "1" * 1001}, "row 2: the rule math cannot judge"),
-        ({"nums": ["a", 3], "target": 1}, "row 2: TypeError"),
-        ({"prompt": "p", "reward_model": {"ground_truth": {"numbers": [1]}}}, "row 2: KeyError"),
-        ({"prompt": [{"content": "p"}], "reward_model": {"ground_truth": "1"}}, "row 2: KeyError"),
-        ({"prompt": "p", "reward_model": {}}, "row 2: KeyError"),
+        ({"nums": ["a", 3], "target": 1}, "row 2: Countdown is about whole numbers, not 'a'"),
+        (verl({"numbers": [1]}), "row 2: the rule countdown cannot judge the answer: numbers and"),
+        (
+            {"prompt": [{"content": "p"}], **GOLD_IS_1},
+            "row 2: a message needs a role and a content",
+        ),
+        ({"prompt": "p", "reward_model": {}}, "row 2: no answer found: reward_model has nothing"),
         ({"nums": [1, 2]}, "row 2: has the columns nums; understood are"),
-        ([1], "row 2: AttributeError"),
+        ([1], "row 2: a JSON object {...} is expected, not [1]"),
     ],
 )
 def test_rows_that_are_no_problem(row, complaint, tmp_path):
