@@ -6171,7 +6171,7 @@ def test_the_reference_of_lora_is_the_base(toy, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "args, complaint",
     [
-        ("--lora_rank -1", "--lora_rank -1: it must be positive"),
+        ("--lora_rank -1", "--lora_rank -1: it must be 0 or more"),
         ("--lora_rank 33", "--lora_rank 33: no weight of this model has a rank above 32"),
         ("--lora_rank 33 --dry_run", "--lora_rank 33: no weight"),
         ("--lora_rank 4 --lora_alpha 0", "--lora_alpha 0.0: it must be positive"),
