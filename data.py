@@ -495,7 +495,8 @@ def turn_ends(tokenizer):
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     _, found, after = text.rpartition(content)
     ids = tokenizer(after.strip(), add_special_tokens=False)["input_ids"] if found else []
-    return set(ids[:1]) & {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
+    return set(ids[:1]) & special - {tokenizer.unk_token_id}
 
 
 def render_all(sets, tokenizer, max_prompt_len, count=0, seed=0):

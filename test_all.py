@@ -3552,7 +3552,7 @@ def test_the_token_that_a_template_ends_a_turn_with(template, end):
     words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|end|>", "?", "user", ":"]
     vocab = {word: i for i, word in enumerate(words)}
     raw = Tokenizer(models.WordLevel(vocab, unk_token="?"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    raw.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")  # spaces are tokens, too
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw, eos_token="<|endoftext|>", unk_token="?"
     )

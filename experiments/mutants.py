@@ -2212,8 +2212,14 @@ MUTANTS = [
     ),
     (
         "data.py",
-        "set(ids[:1]) & {*tokenizer",
-        "set(ids[:1]) | {*tokenizer",
+        "set(ids[:1]) & special",
+        "set(ids[:1]) | special",
+        "test_all.py -k token_that_a_template",
+    ),
+    (
+        "data.py",
+        " - {tokenizer.unk_token_id}",
+        "",
         "test_all.py -k token_that_a_template",
     ),
     (
