@@ -98,6 +98,7 @@ class Policy(nn.Module):
 def build_policy(path, cfg, device, dtype):
     """The policy, or a reference, with float32 master weights that compute in `dtype`.
 
+    With cfg.lora_rank only adapters are trained, see add_lora.
     cfg.parallel "fsdp" shards it by decoder layer (FSDP2); "ddp" leaves it whole, and train.py
     wraps it. With --steps 0 it stays in the file, from which the engine copies its weights.
     ValueError if the folder's weights are broken or of another model."""
@@ -231,7 +232,7 @@ def whole_tensor(tensor):
 def add_lora(model, rank, alpha, seed, dtype):
     """Gives every linear layer but the head an adapter and freezes all other weights, in `dtype`.
 
-    The adapters are float32. B is 0 at first, so the model still computes what it did. A is drawn
+    The adapters stay float32. B is 0 at first, so the model still computes what it did. A is drawn
     with the seed, the same on every rank, and the caller's random state is left as it was.
     ValueError if the rank is above that of every layer's weight."""
     from peft import LoraConfig, inject_adapter_in_model  # takes seconds, so only where it is used

@@ -166,11 +166,10 @@ class Training:
     weight_decay: float = flag(0.0, "AdamW's weight decay")
     grad_clip: float = flag(1.0, "largest gradient norm")
     lora_rank: int = flag(
-        0, "train adapters of this rank, LoRA, with a frozen base (0: all weights)"
+        0, "train LoRA adapters of this rank; the base is frozen in --dtype (0: train all weights)"
     )
     lora_alpha: float = flag(
-        32.0,
-        "LoRA adds alpha / rank times an adapter; wants about 10 times the --lr of all weights",
+        32.0, "adapters count alpha / rank times; they want about ten times the --lr of all weights"
     )
     parallel: str = flag(
         "ddp",
