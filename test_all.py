@@ -3592,7 +3592,10 @@ def test_layers_are_found_where_transformers_names_none():
     config = AutoConfig.for_model("ctrl", vocab_size=32, n_embd=32, dff=32, n_layer=3, n_head=2)
     model = AutoModelForCausalLM.from_config(config)
     assert not model._no_split_modules
+    experts = [torch.nn.Linear(2, 2) for _ in range(9)]  # more of them than layers, but smaller
+    model.transformer.h[0].experts = torch.nn.ModuleList(experts)
     assert policy.decoder_layers(model) is model.transformer.h
+    del model.transformer.h[0].experts
     model.transformer.h = torch.nn.Sequential(*model.transformer.h)
     with pytest.raises(ValueError, match="ctrl keeps no list of layers"):
         policy.decoder_layers(model)

@@ -2685,7 +2685,7 @@ MUTANTS = [
         "policy.py",
         "max(lists, key=number_of_parameters)",
         "min(lists, key=number_of_parameters)",
-        "test_all.py -k 'models_of_images or activation_checkpointing'",
+        "test_all.py -k layers_are_found",
     ),
     (
         "train.py",
