@@ -3561,6 +3561,17 @@ def test_a_head_that_is_not_tied_though_the_config_says_so(tmp_path):
         policy.load_model(tmp_path, False)
 
 
+def test_a_model_that_never_ties_is_loaded_whatever_its_config_says(tmp_path):
+    config = AutoConfig.for_model(
+        "xlstm", vocab_size=32, hidden_size=32, num_hidden_layers=1, num_heads=2
+    )
+    config.tie_word_embeddings = True
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    loaded = policy.load_model(tmp_path, False)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
 def test_models_of_images_and_text_train_their_text_part():
     """DDP would wait for gradients of the rest. The layers that FSDP2 shards are the text's, though
     those of the eyes are more."""

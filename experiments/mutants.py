@@ -2677,8 +2677,8 @@ MUTANTS = [
     ),
     (
         "policy.py",
-        "if says_tied and head.weight",
-        "if not says_tied and head.weight",
+        "if says_tied and can_tie and head.weight",
+        "if not says_tied and can_tie and head.weight",
         "test_all.py -k head_that_is_not_tied",
     ),
     (
