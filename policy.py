@@ -151,7 +151,8 @@ def load_model(path, trust_remote_code):
         )
     head = model.get_output_embeddings()
     says_tied = getattr(model.config, "tie_word_embeddings", False)
-    if says_tied and head.weight is not model.get_input_embeddings().weight:
+    can_tie = bool(model._tied_weights_keys)  # a few architectures never do
+    if says_tied and can_tie and head.weight is not model.get_input_embeddings().weight:
         raise ValueError(
             f"{path} holds a head that is not its embeddings, but its config.json says that they "
             'are one: write "tie_word_embeddings": false there, or the engine would tie them'

@@ -3928,6 +3928,17 @@ def test_a_head_that_is_not_tied_though_the_config_says_so(tmp_path):
         policy.load_model(tmp_path, False)
 
 
+def test_a_model_that_never_ties_is_loaded_whatever_its_config_says(tmp_path):
+    config = AutoConfig.for_model(
+        "xlstm", vocab_size=32, hidden_size=32, num_hidden_layers=1, num_heads=2
+    )
+    config.tie_word_embeddings = True
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    loaded = policy.load_model(tmp_path, False)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
 def test_models_of_images_and_text_train_their_text_part():
     """DDP would wait for gradients of the rest. The layers that FSDP2 shards are the text's, though
     those of the eyes are more."""
@@ -3959,7 +3970,10 @@ def test_layers_are_found_where_transformers_names_none():
     config = AutoConfig.for_model("ctrl", vocab_size=32, n_embd=32, dff=32, n_layer=3, n_head=2)
     model = AutoModelForCausalLM.from_config(config)
     assert not model._no_split_modules
+    experts = [torch.nn.Linear(2, 2) for _ in range(9)]  # more of them than layers, but smaller
+    model.transformer.h[0].experts = torch.nn.ModuleList(experts)
     assert policy.decoder_layers(model) is model.transformer.h
+    del model.transformer.h[0].experts
     model.transformer.h = torch.nn.Sequential(*model.transformer.h)
     with pytest.raises(ValueError, match="ctrl keeps no list of layers"):
         policy.decoder_layers(model)

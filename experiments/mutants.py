@@ -2978,15 +2978,15 @@ MUTANTS = [
     ),
     (
         "policy.py",
-        "if says_tied and head.weight",
-        "if not says_tied and head.weight",
+        "if says_tied and can_tie and head.weight",
+        "if not says_tied and can_tie and head.weight",
         "test_all.py -k head_that_is_not_tied",
     ),
     (
         "policy.py",
         "max(lists, key=number_of_parameters)",
         "min(lists, key=number_of_parameters)",
-        "test_all.py -k 'models_of_images or activation_checkpointing'",
+        "test_all.py -k layers_are_found",
     ),
     (
         "train.py",
