@@ -630,6 +630,7 @@ ZERO = {
     "steps",
     "warmup_updates",
     "weight_decay",
+    "lora_rank",
     "eval_prompts",
     "seed",
     "record_step",
