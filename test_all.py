@@ -4162,6 +4162,7 @@ def planned(total=80e9, ranks=1, parameters=1_000_000_000, **settings):
         steps=1,
         engine="vllm",
         parallel="fsdp",
+        lora_rank=0,
         activation_checkpointing=True,
         rollout_gpu_memory=0.0,
         rollout_tp=1,
@@ -4268,7 +4269,7 @@ def test_the_optimizer_is_fused_on_gpus_only(monkeypatch):
     monkeypatch.setattr(torch.optim, "AdamW", lambda *_, **options: told.append(options))
     cfg = types.SimpleNamespace(lr=1.0, weight_decay=0.0)
     for is_cuda in (True, False):
-        parameter = types.SimpleNamespace(is_cuda=is_cuda)
+        parameter = types.SimpleNamespace(is_cuda=is_cuda, requires_grad=True)
         train.make_optimizer(types.SimpleNamespace(parameters=lambda: iter([parameter])), cfg)
     assert [options["fused"] for options in told] == [True, None]
 

@@ -151,6 +151,7 @@ def setting(
         steps=1,
         engine="vllm",
         parallel="fsdp",
+        lora_rank=0,
         activation_checkpointing=True,
         rollout_gpu_memory=0.0,
         rollout_tp=rollout_tp,
@@ -382,13 +383,13 @@ def fits(case):
 
 def memory_table():
     plan = plan_of(CASES[0])
-    parts = [part for part in plan.parts if part != "reference"]
+    parts = [part for part in plan.parts if part not in ("reference", "frozen base")]
     titles = ["model, GPUs", *parts]
     titles += [f"**peak: {peak}**" for peak in plan.peaks]
     titles += [
         "vllm's share",
         "fits",
-        "host, per node at the start",
+        "host, page cache of a node at the start",
         "host, rank 0 at a checkpoint",
     ]
     rows = []
@@ -400,7 +401,7 @@ def memory_table():
         cells += [f"{peak / 1e9:.1f}" for peak in plan.peaks.values()]
         cells.append(f"{plan.share:.2f}")
         cells.append("yes" if fits(case) else "**no**")
-        cells.append(f"{4 * n * case.gpus / 1e9:.0f}")
+        cells.append(f"{2 * n / 1e9:.0f}")
         cells.append(f"{12 * n / 1e9:.0f}")
         rows.append(cells)
     return table(titles, rows)
@@ -456,8 +457,8 @@ and 8,192 tokens, cards of {card:.0f} GB. vLLM has the share that train.py gives
 (level 2) in the update. Weights, gradients, AdamW and engine weights are exact, activations are
 those that PyTorch keeps on a CPU, the log-prob chunk and one layer's gradients are estimates,
 {overhead:.0f} GB of overhead an assumption. The update's peak is the sum of parts that are not all
-largest at once. Nothing here was run on a GPU. Host: every rank loads float32 weights; a
-checkpoint gathers the weights and both averages on rank 0.
+largest at once. Nothing here was run on a GPU. Host: the ranks of a node map the same bfloat16
+files; a checkpoint gathers the weights and both averages on rank 0.
 
 {memory}
 
