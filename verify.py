@@ -182,9 +182,10 @@ SMALL_NUMBERS = "zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|tw
 TEENS = "(?:thir|four|fif|six|seven|eigh|nine)teen"
 TENS = "(?:twen|thir|for|fif|six|seven|eigh|nine)ty"
 MULTIPLES = "hundred|thousand|dozen|hal(?:f|ves)|thirds|quarters"
-OPERATORS = r"not|plus|minus|over|under|below|negative|less|times(?= [a-z]\b)"  # 34 times: a unit
+OPERATORS = r"not?|none|never|plus|minus|over|under|below|negative|less|times(?= [a-z]\b)"  # 34 times: a unit
+LOSSES = "loss(?:es)?|lost|decreased?|reduction"  # 20\% loss is not 20\% profit
 FUNCTIONS = "sin|cos|tan|log|exp|sqrt"
-COUNTING = f"{MULTIPLES}|{OPERATORS}|{FUNCTIONS}|{SMALL_NUMBERS}|{TEENS}|{TENS}"
+COUNTING = f"{MULTIPLES}|{OPERATORS}|{LOSSES}|{FUNCTIONS}|{SMALL_NUMBERS}|{TEENS}|{TENS}"
 # Anywhere in it a word that counts; "illion" also inside of a word.
 HOLDS_A_NUMBER = rf"[^{{}}]*(?:illion|\b(?:{COUNTING})s?\b)"
 
@@ -302,6 +303,7 @@ SPELLINGS = (
     (r" +", " "),
 )
 SPELLINGS = [(re.compile(pattern), replacement) for pattern, replacement in SPELLINGS]
+DIGITS = re.compile("-?[0-9]+")  # most answers are spelled already
 BRACKETS = re.compile(r"[(\[]|\\\{")
 THOUSANDS = re.compile(r"(?<![0-9,.])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9,])")
 
@@ -313,6 +315,8 @@ def without_commas(match):
 def normalise(text):
     """One spelling for the many of one answer; still LaTeX, with single spaces, and units between
     backticks."""
+    if DIGITS.fullmatch(text):
+        return text
     for pattern, replacement in SPELLINGS:
         text = pattern.sub(replacement, text.strip())
     text = text.strip().removesuffix(".")
@@ -335,7 +339,7 @@ def without_spaces(text):
 MARKED = re.compile(r"([^`]*?) ?((?:`[^`]*` ?)+)")
 BARE = re.compile(
     rf"([^`]*[0-9)}}])(?: ({PRODUCT}|\\frac ?\{{ ?{PRODUCT} ?\}} ?\{{ ?{PRODUCT} ?\}})"
-    rf"|((?:{LONG_SYMBOL})(?![A-Za-z]){UNIT_POWER}))"
+    rf"|((?:[cmk]m|kg|ft|lb|min|hr|mph|mL)(?![A-Za-z]){UNIT_POWER}))"  # 12mg may be a product
 )
 SHORT_NAMES = {
     "m": "meter metre",
@@ -578,7 +582,9 @@ def same_range(answer, gold, decide):
     for text in (answer, gold):
         pieces = [range_of(piece) for piece in parts_of_union(text)]
         names = {name for name, _ in pieces}
-        is_range = None not in names and len(names) == 1
+        if len(names) > 1:  # of x < 1 or y > 2 nothing is known
+            return False
+        is_range = None not in names
         sides.append((names, "\\cup ".join(part for _, part in pieces)) if is_range else None)
     if sides == [None, None]:
         return None
@@ -610,7 +616,9 @@ NAME = re.compile(
     r"|\\(?:vec|overrightarrow|overline|hat) ?\{? ?[A-Za-z]{1,2} ?\}?"
     r"|\( ?[A-Za-z](?: ?, ?[A-Za-z])+ ?\)"
 )
-SEVERAL_LETTERS = re.compile(rf"(?!{HOLDS_A_NUMBER}){POWER_OF_NAME}(?: ?[+-]? ?{POWER_OF_NAME})+")
+SEVERAL_LETTERS = re.compile(
+    rf"(?!{HOLDS_A_NUMBER}){POWER_OF_NAME}(?:(?: ?[+-] ?| ?){POWER_OF_NAME})+"
+)
 WORDS_BEFORE = re.compile(rf"(?!{HOLDS_A_NUMBER})[A-Za-z]{{3,}}(?: [A-Za-z]+)*")
 ELEMENT_OF = re.compile(r"(.*?) ?\\in(?![A-Za-z])(.*)")
 
@@ -686,6 +694,9 @@ def same_equation(answer, gold, decide):
     several = len(letters(gold)) > 1 and letters(answer) == letters(gold)
     if not several or [len(side) for side in sides] != [2, 2]:
         return None
+    solved_for = {left for left, _ in sides if SYMBOL_NAME.fullmatch(left)}
+    if len(solved_for) == 2:  # m = k/2 does not solve for k
+        return None
     if not (is_readable(answer) and is_readable(gold)):
         return None
     return True if decide(answer, gold) else None
@@ -700,7 +711,7 @@ CHOICE = re.compile(
 
 def same_choice(answer, gold, decide):
     """Rule: of a multiple choice the letter counts: C, (C), C), Option C, (C) 12."""
-    if not re.fullmatch("[A-Z]", gold):
+    if not re.fullmatch("[A-J]", gold):
         return None
     match = CHOICE.fullmatch(answer)
     return (match[1] or match[2]) == gold if match else None
@@ -741,6 +752,10 @@ def letters(text):
     return set(LETTER.findall(COMMAND.sub(" ", text)))
 
 
+def count_of_i(text):
+    return COMMAND.sub(" ", text).count("i")
+
+
 def is_readable(text):
     return bool(READABLE.fullmatch(text)) and not MISREAD.search(text)
 
@@ -750,12 +765,15 @@ def same_formula(answer, gold, decide):
     that it misreads; and then it decides.
 
     \arcsin(-1/2) for -\pi/6 is the question repeated: where the gold answer has no letters and
-    calls no function, the answer may not call one either."""
+    calls no function, the answer may not call one either. So is (1+2i)^2: a number has its i as
+    often as the gold answer at most."""
     if not letters(gold) and CALL.search(answer) and not CALL.search(gold):
         return False
     _, found = name_and_values(answer)
     _, expected = name_and_values(gold)
     if len(found) != len(expected) or letters(answer) != letters(gold):
+        return False
+    if letters(gold) == {"i"} and count_of_i(answer) > count_of_i(gold):
         return False
     return is_readable(answer) and is_readable(gold) and decide(answer, gold)
 
@@ -981,7 +999,8 @@ def worker_main(time_limit):
                     return False
                 ratio = sympy.simplify(one / other)
                 is_order = kind[0] is not sympy.Equality
-                return not ratio.free_symbols and bool(ratio > 0 if is_order else ratio != 0)
+                is_constant = not ratio.free_symbols
+                return bool(ratio.is_positive if is_order else ratio.is_nonzero) and is_constant
         return False
 
     sympy_raises_on_nonsense = (
