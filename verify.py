@@ -3,17 +3,21 @@ r"""Verifiable rewards: the rules that judge an answer, pass@k and calibration.
 A rule is the reward, so it is what the policy will attack. Three decisions follow, and one thing is
 left open:
   - Text of the model is never executed. Countdown is read with `ast`. Mathematics is compared by
-    spelling, then by exact numbers, and only then by math-verify (sympy), in worker processes that
-    are killed at a time limit.
+    spelling, then by exact numbers, and only then as formulas that math-verify parses into sympy,
+    in worker processes that are killed at a time limit.
   - A gold answer that is a number is compared with numbers only, and exactly. The policy has to do
     the arithmetic, sympy will not do it for it: `\sum_{k=1}^{9} k` is no answer to 45. There is no
-    tolerance anywhere: 0.33 is not 1/3.
+    tolerance anywhere: 0.33 is not 1/3, and 1 - 2^{-2023} is not 1 - 2^{-2024}.
   - A verdict is one of "right", "wrong", "no_answer" (nothing there, or unreadable) and "timeout"
     (the worker ran out of time or memory). Each is counted, so that a broken verifier does not look
     like a poor policy.
   - Open: where the gold answer is no number, whatever equals it is right, and so is the formula of
     a "simplify" or "factor" question itself (10 of the 500 problems of MATH500, see
     experiments/results/verifier.md).
+
+Why not math-verify alone? That page compares the two: of answers that hedge, or are wrong, it takes
+a part that a policy would find. Where spellings are refused on purpose, such as 1 728 (two answers,
+but for a comma), test_all.py lists them.
 
 Numbers come first in this file. They are all that GSM8K, DAPO-Math, AIME and AMC need, and a reader
 may stop after them.
@@ -182,10 +186,12 @@ SMALL_NUMBERS = "zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|tw
 TEENS = "(?:thir|four|fif|six|seven|eigh|nine)teen"
 TENS = "(?:twen|thir|for|fif|six|seven|eigh|nine)ty"
 MULTIPLES = "hundred|thousand|dozen|hal(?:f|ves)|thirds|quarters"
-OPERATORS = r"not?|none|never|plus|minus|over|under|below|negative|less|times(?= [a-z]\b)"  # 34 times: a unit
+OPERATORS = r"plus|minus|over|under|below|negative|less|times(?= [a-z]\b)"  # 34 times: a unit
+NEGATIONS = "not?|none|never"
 LOSSES = "loss(?:es)?|lost|decreased?|reduction"  # 20\% loss is not 20\% profit
 FUNCTIONS = "sin|cos|tan|log|exp|sqrt"
-COUNTING = f"{MULTIPLES}|{OPERATORS}|{LOSSES}|{FUNCTIONS}|{SMALL_NUMBERS}|{TEENS}|{TENS}"
+CALCULATING = f"{OPERATORS}|{NEGATIONS}|{LOSSES}|{FUNCTIONS}"
+COUNTING = f"{MULTIPLES}|{CALCULATING}|{SMALL_NUMBERS}|{TEENS}|{TENS}"
 # Anywhere in it a word that counts; "illion" also inside of a word.
 HOLDS_A_NUMBER = rf"[^{{}}]*(?:illion|\b(?:{COUNTING})s?\b)"
 
@@ -284,7 +290,8 @@ SPELLINGS = (
     (r"(^|[,(\[=]) ?\+ ?\\infty", r"\1\\infty"),
     (r"\\[lr]?vert(?![A-Za-z])", "|"),
     (r"\\[cd]ots(?![A-Za-z])", r"\\ldots"),
-    # ]a,b[ is (a,b)
+    # \{x \mid x > 2\} is x > 2, ]a,b[ is (a,b)
+    (rf"^\\\{{ ?[A-Za-z] ?(?:\\mid(?![A-Za-z])|[|:]) ?(?=[^|]*{RELATION})(.*)\\\}}$", r"\1"),
     (r"^\]([^()\[\]]*),([^()\[\]]*)\[$", r"(\1,\2)"),
     # the unit, in two spellings; between them, \text{even} is even
     (TEXT_UNIT, r" `\1\2\3` "),
@@ -458,6 +465,10 @@ def parts_of_union(text):
     return split_outside_brackets(text, "\\cup")
 
 
+def parts_of_intersection(text):
+    return split_outside_brackets(text, "\\cap")
+
+
 def elements(text):
     r"""The members of a list `1, 2` or a set `\{1, 2\}`; a \pm b is two."""
     if text.startswith("\\{") and text.endswith("\\}"):
@@ -472,8 +483,8 @@ def elements(text):
 
 
 def same_members(answer, gold, decide):
-    """Rule: lists, sets and unions match in any order."""
-    for members in (parts_of_union, elements):
+    """Rule: lists, sets, unions and intersections match in any order."""
+    for members in (parts_of_union, parts_of_intersection, elements):
         found = members(answer)
         expected = members(gold)
         if len(found) != len(expected):
@@ -1014,13 +1025,12 @@ def worker_main(time_limit):
     )
     print('"ready"', flush=True)
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, time_limit)  # the default action ends the process
+        signal.setitimer(signal.ITIMER_PROF, time_limit)  # at its end the process is ended
         answer, gold = map(normalise, json.loads(line))
         try:
             verdict = "right" if same_answer(answer, gold, decide) else "wrong"
         except sympy_raises_on_nonsense:
             verdict = "no_answer"
-        signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(verdict), flush=True)
 
 

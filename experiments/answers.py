@@ -184,6 +184,14 @@ x \in \mathbb{R} | \mathbb{R}
 3\text{ hours }20\text{ minutes} | 3 hours 20 minutes
 \text{right triangle} | right triangle
 f(x) = x+1 | x+1
+x > 2 \text{ and } x < 5 | x<5 \text{ and } x>2
+\{x \mid x > 2\} | (2,\infty)
+\angle A = 30^\circ | 30^\circ
+12\ \mathrm{kg\,m/s^2} | 12
+(B)\ \frac{1}{2} | B
+2:3 | 2:3
+y - 3 = 2(x-1) | y=2x+1
+\sqrt{7+4\sqrt3} | 2+\sqrt3
 """
 
 WRONG_ANSWERS = r"""
@@ -507,6 +515,19 @@ xy=1 | y=\frac{1}{x}
 12 \to 13 | 12
 12 \text{ (or 13)} | 12
 (3,4,5) | x=3, y=4
+\{12|13\} | 12
+\{12|13\} | 13
+(x+y-1)(x-y)=0 | x+y=1
+0(x+y)=0 | x+y=1
+1000000007^{1000} | 1000000007^{1000}+2
+\frac{(2^{20})!}{(2^{20}-1)!}+1 | 2^{20}k
+12 \text{ AM} | 12 \text{ PM}
+12\text{ km} | 12\text{ mi}
+5\text{ north} | 5\text{ south}
+\text{The answer is not } 12 | 12
+\text{at most }12 | 12
+12_8 | 12
+F_n | f_n
 """
 
 

@@ -1083,7 +1083,7 @@ def test_a_worker_ends_itself_when_it_computes_for_too_long_and_not_while_it_wai
         ):
             assert json.loads(told(answer, gold)) == verdict, answer
         with pytest.raises(subprocess.TimeoutExpired):
-            worker.wait(1.2)
+            worker.wait(1.2)  # it waits, and uses no processor time
         assert told("(99999999!)k", "2k+2") == ""
         assert worker.wait(60) == -signal.SIGPROF
     finally:
