@@ -2298,7 +2298,7 @@ MUTANTS = [
     (
         "verify.py",
         'if "degree" in its_unit and',
-        "if not its_unit and",
+        'if "radian" in its_unit and',
         "test_all.py -k wrong_answers",
     ),
     (
