@@ -1000,9 +1000,8 @@ def worker_main(time_limit):
         found = read(answer)
         expected = read(gold)
         if isinstance(found, sympy.Expr) and isinstance(expected, sympy.Expr):
-            return not (found.has(*undefined) or expected.has(*undefined)) and is_zero(
-                found - expected
-            )
+            is_defined = not found.has(*undefined) and not expected.has(*undefined)
+            return is_defined and is_zero(found - expected)
         for kind in kinds:
             if isinstance(found, kind) and isinstance(expected, kind):
                 one, other = difference(found), difference(expected)
