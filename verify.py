@@ -12,7 +12,7 @@ left open:
     (the worker ran out of time or memory). Each is counted, so that a broken verifier does not look
     like a poor policy.
   - Open: where the gold answer is no number, whatever equals it is right, and so is the formula of
-    a "simplify" or "factor" question itself (10 of the 500 problems of MATH500, see
+    a "simplify" or "factor" question itself (9 formulas in the 500 problems of MATH500, see
     experiments/results/verifier.md).
 
 Why not math-verify alone? That page compares the two: of answers that hedge, or are wrong, it takes
@@ -319,6 +319,7 @@ def without_commas(match):
     return match[0].replace(",", "")
 
 
+@lru_cache(1 << 12)  # a group shares its gold answer
 def normalise(text):
     """One spelling for the many of one answer; still LaTeX, with single spaces, and units between
     backticks."""
