@@ -62,6 +62,14 @@ import train
 import verify
 from data import Problem, first_prompt, load_problems, preview, render, render_all
 from diagnose import read_metrics
+from experiments.answers import (
+    OTHERS,
+    PAIRS,
+    RIGHT_ANSWERS,
+    WRONG_ANSWERS,
+    hedges_of,
+    pairs_of,
+)
 from experiments.make_model import make_model
 from losses import (
     CONTROLLERS,
@@ -2299,261 +2307,6 @@ def test_base_is_deterministic_and_leaves_the_caller_alone(tmp_path, monkeypatch
 
 
 # ---- the verifier: what is right and what is wrong -----------------------------------------------
-# A line is answer | gold answer.
-
-RIGHT_ANSWERS = r"""
-# thousands
-1,234 | 1234
-1{,}234 | 1234
-11,\!111,\!100 | 11111100
-1\,234 | 1,234
-\$1,\!000 | 1000
-# the same number, in delimiters or brackets
-34 | 34
-34.0 | 34
-$34$. | 34
-\$34 | 34
-\(34\) | 34
-(5) | 5
-.5 | 0.50
-# after a name
-x = 34 | 34
-N = \frac{68}{2} = 34 | 34
-m+n = 34 | 34
-\theta = 5 | 5
-P(A) = 0.5 | 0.5
-a_{1} = 5 | 5
-y=-2x | -2x
-2x | f(x)=2 x
-# with a unit
-34 \text{ cm}^2 | 34
-34 \mathrm{~m/s^{2}} | 34
-34 dollars | 34
-34^{\circ} | 34
-5 \mathrm{\mu m} | 5
-5 \text{ m/s} | 5
-5 miles/hour | 5
-5 inches | 5
-34 feet squared | 34
-18^{\circ}\text{C} | 18
-34 times | 34
-# per cent
-62.5 | 62.5\%
-0.625 | 62.5%
-50\% | 0.5
-50\% | 50%
-# fractions
-\dfrac12 | \frac{1}{2}
-0.5 | \frac{1}{2}
-1/2 | 0.5
-1\frac{4}{5} | 9/5
--\frac{1}{3} | \frac{-1}{3}
-\frac{270}7 | \frac{270}{7}
-1\frac12 | 1.5
-# powers of ten
-4.5 \times 10^{33} | 4.5e33
-10^{-5} | 1e-5
-5 \cdot 10^{3} | 5000
-10^3 | 1000
-3 \times 10^{-2} | .03
-# letters and words
-\text{(C)} | C
-C | (C)
-\text{ Evelyn } | Evelyn
-East | east
-\text{even} | even
-# lists and sets, in any order
-3, 1 | 1,3
-\{1, 3\} | 3,1
-1 \text{ and } 3 | 1,3
-8,5 | 5,8
-1+\sqrt{5}, 1-\sqrt5 | 1\pm\sqrt{5}
-# tuples, intervals and unions
-(6, 5) | (6,5)
-\left( 1, \frac{1}{2} \right) | (1,0.5)
-\left(45^\circ, 60^\circ\right) | (45^{\circ}, 60^{\circ})
-(1,2),(3,4) | (3,4), (1,2)
-[-2, 7] | [-2,7]
-x \in [-2,7] | [-2,7]
-(3,\infty)\cup(-\infty,2) | (-\infty,2)\cup(3,\infty)
-# formulas
-\begin{bmatrix}1\\2\end{bmatrix} | \begin{pmatrix}1\\2\end{pmatrix}
-2(k+1) | 2k+2
-2r \pi | 2\pi r
-\frac{\sqrt{3}}{3} | \frac{1}{\sqrt{3}}
-0.5\pi | \frac{\pi}{2}
-k \ge 2 | k \geqslant 2
-(b+2)(a+5) | (a+5)(b+2)
-2y=4x+2 | y-2x=1
-4210_{5} | 4210_5
-\binom{2n}{n} | \frac{(2n)!}{(n!)^2}
-"""
-
-WRONG_ANSWERS = r"""
-# another number: there is no tolerance
-35 | 34
--34 | 34
--\frac{1}{2} | \frac{1}{2}
-0.33 | \frac{1}{3}
-0.3333333333333333 | 1/3
-1e-9 | 1e-8
-1024.0000001 | 2^{10}
-1.41421356 | \sqrt{2}
-0.00000001 | 2^{-40}
-1\frac{-4}{5} | \frac{1}{5}
-# two numbers, or a hedge
-3 4 | 34
-3 4 | 7
-1, 234 | 1234
-33, 34, 35 | 34
-33 or 34 | 34
-34 \text{ or } 35 | 34
-12 \text{ or } 13 | 12
-12 13 | 12
-12; 13 | 12
-1 2 | 12
-1,2,3 | 123
-34 or more | 34
-34 \text{ or more} | 34
-5 \text{ but maybe 7} | 5
-\pm 34 | 34
-33-34 | 34
-\boxed{3}, 34 | 34
-# a word or a letter that changes the number
-34 million | 34
-34x | 34
-34\text{}^2 | 34
-34 squared | 34
-34 plus five | 34
-34 \text{ minus one} | 34
-34 point five | 34
-34 sin x | 34
-34 thirds | 34
-5\mathrm{i} | 5
-5 \text{x} | 5
-5\text{/x} | 5
-5 \mathrm{\pi} | 5
-5\text{$\pi$} | 5
-5 times x | 5
-12abc | 12
-# what is dropped between digits must not join them
-3$4 | 34
-3\(4 | 34
-3\left4 | 34
-3°4 | 34
-3^\circ 4 | 34
-\text{12}3 | 123
-# the question repeated: the verifier would do the arithmetic
-\sqrt{1156} | 34
-\sum_{k=1}^{9} k | 45
-\arcsin(-\frac12) | -\frac{\pi}{6}
-\cos(\pi/6) | \frac{\sqrt{3}}{2}
-(3!)^2x | 36
-k+\gcd(2,3) | k+1
-\int_0^1 2x dx + k | k+1
-# per cent
-0.5% | 50%
-5000\% | 50\%
-# powers of ten
-510^3 | 5000
-210^{2} | 200
-10^{10^{10}} | 10
-# too large, infinite, undefined
-1e400 | 5
-1e999 | 10
-NaN | 5
-\infty | 5
-inf | 5
-nan | NaN5
-\infty-\infty | 0
-x\cdot\infty | x
-(5,\infty+1) | (5,\infty)
-\nan | 5
-0/0 | 0
-\frac{x}{x-x} | x
-1 / 0 | 0
-\frac{1}{0} | 5
-\frac{k}{0} | \frac{2k}{0}+k
-# what a lenient parser of numbers would take
-1_0 | 10
-0,123 | 123
-|34| | 34
-34? | 34
-\1 1/2 | \frac{11}{2}
-# other scripts, other signs, zero-width spaces, a long s, a Cyrillic letter
-３４ | 34
-3\u200b4 | 34
-34\u200b | 34
-−34 | -34
-–34 | -34
-2х | 2x
-ｘ | x
-eaſt | east
-³ | 3
-x² | x^2
-½ | 0.5
-٣٤ | 34
-# TeX that hides something
-\input{34} | 34
-\def\x{34}\x | 34
-\x34 | 34
-# negated, or nothing
-\not=34 | 34
-\neq=5 | 5
-$$ | (1,2)
-# assignments: every link has to be right, of the same name
-x = 33 = 34 | 34
-m = 3 | k = 3
-# lists, in any order, but with all members
-1,2,2 | 1,2
-1 | 1,2
-1,2,3 | 1,2
-1,1 | 1,2
-2k+2, 2k+3 | 2k+2
-# tuples and intervals, in their order, with their brackets
-(2,1) | (1,2)
-[1,2] | (1,2)
-1,2 | (1,2)
-(1,3) | (1,2)
-(8,-2) | (9,-2)
-[1,2) | [1,2]
-(1,2,3) | (1,2)
-((1,2),3) | (1,2,3)
-(312123231) | (312,123,231)
-# letters and words
-seat | east
-m | M
-2m+1 | 2M+1
-A, B, C, D | C
-even, odd | even
-ABCD | C
-# formulas
-2k+3 | 2k+2
-2k+2 \lor 2k+3 | 2k+2
-2k+2\approx 3 | 2k+2
-10^{-9}\pi | 10^{-8}\pi
-10^{-21}\pi | 10^{-20}\pi
-1=0 | x+1=x
-0y=0x | 2y=4x+2
-xy=xy | 2y=4x+2
-k>2 | k \ge 2
-k \le 2 | k \ge 2
-y=-2x | y'=-2x
--\frac{dx}{dt}=kx | \frac{dx}{dt}=kx
-4210_7 | 4210_5
-4210 | 4210_5
-c(\gamma^2-7) | c(\gamma^2-1)
-\begin{pmatrix}1&2\end{pmatrix} | \begin{pmatrix}1\\2\end{pmatrix}
-\begin{pmatrix}1\\3\end{pmatrix} | \begin{pmatrix}1\\2\end{pmatrix}
-"""
-
-
-def pairs_of(table):
-    """[(answer, gold)] of a table's lines; a zero-width space is written \\u200b, to be seen."""
-    lines = table.replace(r"\u200b", "\u200b").strip().splitlines()
-    return [tuple(line.split(" | ")) for line in lines if not line.startswith("# ")]
-
-
 @pytest.mark.parametrize("answer, gold", pairs_of(RIGHT_ANSWERS))
 def test_right_answers(answer, gold):
     assert judge_math(rf"so \boxed{{{answer}}}.", gold) == "right"
@@ -2578,10 +2331,32 @@ BOX_OF_1001 = r"\boxed{" + "1" * 1001 + "}"
         (r"\boxed{\{5}", r"\{5"),
         (r"\boxed{5} \boxed{6", None),
         (r"\boxed{}", None),
-        (r"\boxed5", None),
+        (r"\boxed{\fbox{5}}", "5"),
+        (r"\fbox{5}", "5"),
+        (r"\boxed{5} \fbox{6}", "5"),
+        # a box without braces
+        (r"\boxed 5", "5"),
+        (r"\boxed5", "5"),
+        (r"$\boxed -12.$", "-12"),
+        (r"\boxed 1,234.", "1,234"),
+        (r"\boxed x", "x"),
+        (r"\boxed xy", None),
+        (r"\boxedx", None),
+        (r"\boxed 5 or \boxed 6", "6"),
+        # without a box, the last <answer> block
+        ("<answer>5</answer>", "5"),
+        ("<answer>4</answer> <answer> 5\n</answer>", "5"),
+        ("<answer>5", None),
+        ("Answer: 6 <answer>5</answer>", "5"),
+        (r"<answer>so \boxed{5}</answer>", "5"),
         # without a box, the last line that is marked
         ("Answer: 5\n#### 6", "5"),
         ("**Answer: 5**", "5"),
+        ("**Answer**: 5", "5"),
+        ("answer: 5", "5"),
+        ("Answer : 5", "5"),
+        ("ANSWER: `5`", "`5`"),
+        ("my answers: 5", None),
         ("x\n#### 1,000\n", "1,000"),
         ("Answer:\n5", None),
         ("5", None),
@@ -2595,55 +2370,30 @@ def test_where_the_answer_is(response, answer):
     assert verify.extract(response) == answer
 
 
-# G is the gold answer, O another one. Whoever says both has not decided.
-HEDGES = r"""
-G, O ;; O, G ;; G or O ;; G \text{ or } O ;; G \text{, or maybe } O
-G and O ;; G; O ;; G O ;; O G ;; G \lor O ;; G | O ;; G / O
-G \\ O ;; G \quad O ;; \{G, O\} ;; (G, O) ;; [G, O] ;; (G), (O)
-G = O ;; O = G ;; x = G = O ;; x = G, x = O ;; G \neq O ;; G < O ;; O < G
-G \to O ;; G \approx O ;; G \pm O ;; G \cup O ;; O \cup G ;; G. O ;; O. G
-G.O ;; G: O ;; G^O ;; G_O ;; G\text{O} ;; \text{G}O
-\text{not } G ;; \neg G ;; \neq G ;; G + O ;; G - O
-\boxed{G} O ;; O \boxed{G}, O ;; \boxed{G}\boxed{O} ;; G\\boxed{O}
-\frac{G}{O} ;; \sqrt{G} ;; -G ;; G + 1 ;; 2 G ;; G\cdot O
-G\infty ;; \infty ;; NaN ;; G\u200b ;; G, G ;; G G ;; \pm G ;; G?
-\frac{G}{0} ;; 0 \cdot G ;; G^{G^{G^G}} ;; \text{the answer to the question}
-O ;; G \text{ (or O)} ;; \gcd(G, G) ;; \max(G, O)
-"""
-
-OTHERS = {
-    "34": "35",
-    "-7": "8",
-    r"\frac{1}{2}": r"\frac{1}{3}",
-    "(1,2)": "(3,4)",
-    "[1,2)": "[3,4)",
-    "5,6": "7,8",
-    r"\{1,3\}": r"\{2,4\}",
-    "2k+3": "2k+5",
-    r"\sqrt{5}": r"\sqrt{7}",
-    "C": "D",
-    "east": "west",
-    r"50\%": r"60\%",
-    "y=2x+1": "y=3x+1",
+# What a fair grader takes and verify.py does not, with the reason.
+REFUSED_ON_PURPOSE = {
+    r"so \boxed{1 728}.",  # between a space and two answers only a comma decides
+    r"so \boxed{\mathbb{R}\setminus[0,1]}.",  # no algebra of sets
+    r"so \boxed{x\cdot y}.",  # a gold answer of letters alone, xy, is taken for a word
 }
+
+
+def test_pairs_that_a_fair_grader_decided():
+    refused = []
+    for pair in PAIRS:
+        is_right = judge_math(pair["response"], pair["gold"]) == "right"
+        assert pair["right"] or not is_right, pair
+        if pair["right"] and not is_right:
+            refused.append(pair["response"])
+    assert set(refused) == REFUSED_ON_PURPOSE
+    assert len(refused) <= 0.05 * sum(pair["right"] for pair in PAIRS)
 
 
 @pytest.mark.parametrize("gold, other", OTHERS.items())
 def test_hedges_are_wrong(gold, other):
-    def fill(match):
-        return gold if match[0] == "G" else other
-
-    responses = [
-        f"What is ${gold}$? It is ${gold}$.",
-        rf"\boxed{{{gold}}} \boxed{{{other}}}",
-        rf"\boxed{{{gold}}} or \boxed{{{other}",
-        f"Answer: {gold}. Answer: {other}",
-        rf"\boxed{{{other}}}, that is {gold}. Answer: {gold}",
+    accepted = [
+        response for response in hedges_of(gold, other) if judge_math(response, gold) == "right"
     ]
-    lines = HEDGES.replace(r"\u200b", "\u200b").strip().splitlines()
-    for hedge in " ;; ".join(lines).split(" ;; "):
-        responses.append(rf"\boxed{{{re.sub('[GO]', fill, hedge)}}}")
-    accepted = [response for response in responses if judge_math(response, gold) == "right"]
     assert accepted == []
 
 
@@ -2738,6 +2488,18 @@ HOSTILE = [
     "1," * 490,
     "1" * 10**6,
     r"\gcd" * 150,
+    # what patterns could read in many ways
+    "a b " * 240 + "!",
+    "12 " + "cm " * 300 + "!",
+    "12 " + "word " * 190 + "!",
+    "x+" * 490 + "!",
+    "x_1 " * 240 + "= 5",
+    "1,2 " * 240,
+    "`" * 900,
+    "5 `" * 300,
+    r"\in" * 300,
+    "x<" * 400 + "x",
+    r"x \text{ or } " * 70 + "x<1",
     # programs
     r"\def\a{\a\a}\a x",
     r"\let\x=\x\x",
@@ -2788,8 +2550,10 @@ def children():
 
 @pytest.mark.slow
 def test_hostile_math_is_judged_in_time(monkeypatch):
-    monkeypatch.setattr(verify, "TIME_LIMIT", 0.5)
-    judge_math(r"\boxed{2(k+1)}", "2k+2")  # the worker is up
+    monkeypatch.setattr(verify, "TIME_LIMIT", 0.5)  # of processor time
+    monkeypatch.setattr(verify, "PATIENCE", 40)
+    verify.close()
+    verify.ask_worker.cache_clear()
     responses = []
     for text in HOSTILE:
         responses.append(rf"\boxed{{{text}}}")
@@ -2800,10 +2564,10 @@ def test_hostile_math_is_judged_in_time(monkeypatch):
         # Only against a formula the worker is asked about most of them.
         tried = responses if gold.startswith("x") else responses[::3]
         for response in tried:
-            start = time.monotonic()
+            start = time.process_time()
             verdict = RULES["math"](response, gold)
             assert verdict != "right", (response[:40], gold)
-            assert time.monotonic() - start < 20, (response[:40], gold)
+            assert time.process_time() - start < 2, (response[:40], gold)
             verdicts[verdict] += 1
     assert set(verdicts) == {"wrong", "no_answer", "timeout"}
     assert not os.path.exists("/tmp/pwned")
@@ -2813,24 +2577,39 @@ def test_hostile_math_is_judged_in_time(monkeypatch):
 
 @pytest.mark.slow
 def test_a_worker_that_hangs_is_killed(monkeypatch):
-    monkeypatch.setattr(verify, "TIME_LIMIT", 0.5)
     verify.close()
     verify.ask_worker.cache_clear()
     assert children() == []
     assert judge_math(r"\boxed{2(k+1)}", "2k+2") == "right"
     (pid,) = children()
     os.kill(int(pid), signal.SIGSTOP)
-    assert judge_math(r"\boxed{3(k+1)}", "3k+3") == "timeout"
+    with monkeypatch.context() as patch:
+        patch.setattr(verify, "TIME_LIMIT", 0.1)
+        assert judge_math(r"\boxed{3(k+1)}", "3k+3") == "timeout"
     assert children() == []
-    assert judge_math(r"\boxed{4(k+1)}", "4k+4") == "right"
+    assert judge_math(r"\boxed{3(k+1)}", "3k+3") == "right"  # the timeout was not the answer's
 
     (pid,) = children()
     os.kill(int(pid), signal.SIGKILL)  # from outside, while idle
-    time.sleep(0.1)
+    while "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]:
+        time.sleep(0.01)
     assert judge_math(r"\boxed{5(k+1)}", "5k+5") == "timeout"
-    assert judge_math(r"\boxed{6(k+1)}", "6k+6") == "right"
+    assert judge_math(r"\boxed{5(k+1)}", "5k+5") == "right"
     verify.close()
     assert children() == []
+
+
+@pytest.mark.slow
+def test_an_answer_that_takes_too_long_is_not_tried_again(monkeypatch):
+    """What used up its processor time would do so again, whatever else the machine does."""
+    monkeypatch.setattr(verify, "TIME_LIMIT", 0.5)
+    monkeypatch.setattr(verify, "PATIENCE", 100)
+    verify.close()
+    verify.ask_worker.cache_clear()
+    assert judge_math(r"\boxed{(99999999!)k}", "2k+2") == "timeout"
+    assert children() == []
+    monkeypatch.setattr(verify, "start_worker", None)
+    assert judge_math(r"\boxed{(99999999!)k}", "2k+2") == "timeout"
 
 
 @pytest.mark.slow

@@ -2454,14 +2454,14 @@ MUTANTS = [
     # ---- verify.py
     (
         "verify.py",
-        'text.rpartition("<answer>")[2]',
-        'text.partition("<answer>")[2]',
+        'response.rpartition("<answer>")[2]',
+        'response.partition("<answer>")[2]',
         "experiments/test_rollouts.py -k countdown_verdicts",
     ),
     (
         "verify.py",
-        "        if not closed:",
-        "        if closed is None:",
+        "return text.strip() if closed else None",
+        "return text.strip()",
         "experiments/test_rollouts.py -k countdown_verdicts",
     ),
     (
@@ -2550,9 +2550,57 @@ MUTANTS = [
     ),
     (
         "verify.py",
-        "return without_spaces(answer).casefold() == gold.casefold()",
+        "same = without_spaces(answer).casefold() == without_spaces(gold).casefold()",
         "return sorted(without_spaces(answer).casefold()) == sorted(gold.casefold())",
         "experiments/test_rollouts.py -k answers_of_mathematics",
+    ),
+    (
+        "verify.py",
+        "return same and words(answer) == words(gold)",
+        "return same",
+        "test_all.py -k wrong_answers",
+    ),
+    (
+        "verify.py",
+        "return True if words(answer) == words(gold) else None",
+        "return True",
+        "test_all.py -k wrong_answers",
+    ),
+    (
+        "verify.py",
+        "if unit and gold_unit and unit != gold_unit and not degrees:",
+        "if False:",
+        "test_all.py -k wrong_answers",
+    ),
+    (
+        "verify.py",
+        "bare=not letters(expected)",
+        "bare=True",
+        "test_all.py -k wrong_answers",
+    ),
+    (
+        "verify.py",
+        "if len(solved_for) == 2:",
+        "if False:",
+        "test_all.py -k wrong_answers",
+    ),
+    (
+        "verify.py",
+        "    if names[0] != names[-1]:\n        return False\n",
+        "",
+        "test_all.py -k wrong_answers",
+    ),
+    (
+        "verify.py",
+        "return bool(SEVERAL_LETTERS.fullmatch(text)) and len(set(symbols)) == len(symbols)",
+        "return bool(SEVERAL_LETTERS.fullmatch(text))",
+        "test_all.py -k wrong_answers",
+    ),
+    (
+        "verify.py",
+        'if "degree" in its_unit and',
+        'if "radian" in its_unit and',
+        "test_all.py -k wrong_answers",
     ),
     (
         "verify.py",
@@ -2604,15 +2652,15 @@ MUTANTS = [
     ),
     (
         "verify.py",
-        "signal.alarm(int(TIME_LIMIT) + 2)",
+        "signal.setitimer(signal.ITIMER_PROF, time_limit)",
         "pass",
         "experiments/test_rollouts.py -k worker_ends_itself",
     ),
     (
         "verify.py",
-        "        signal.alarm(0)\n",
-        "        pass\n",
-        "experiments/test_rollouts.py -k worker_ends_itself",
+        "raise WorkerLost",
+        'return "timeout"',
+        "test_all.py -k a_worker_that_hangs",
     ),
     (
         "verify.py",
@@ -2622,8 +2670,8 @@ MUTANTS = [
     ),
     (
         "verify.py",
-        "numeric_precision=50",
-        "numeric_precision=15",
+        "            return value == 0\n",
+        "            return abs(value) < 1e-50\n",
         "test_all.py -k 'wrong_answers or right_answers'",
     ),
     (
@@ -2634,14 +2682,14 @@ MUTANTS = [
     ),
     (
         "verify.py",
-        '        stop_worker(worker)\n        return "timeout"',
-        '        return "timeout"',
+        "    stop_worker(worker)\n    if worker.returncode",
+        "    if worker.returncode",
         "test_all.py -k a_worker_that_hangs",
     ),
     (
         "verify.py",
-        "    _idle.put(worker)\n    return verdict",
-        "    return verdict",
+        "        _idle.put(worker)\n        return verdict",
+        "        return verdict",
         "test_all.py -k 'a_worker_that_hangs or hostile_math'",
     ),
     (

@@ -1,14 +1,18 @@
-"""How the verifier judges the gold answers of real problems, in other words and changed.
+"""How the verifier judges the gold answers of real problems, in other words and changed; and how
+math-verify by itself judges the same answers.
 
     python -m experiments.verifier DAPO-Math-17k.parquet math500.parquet ...     files or hub names
 
 First every gold answer is spelled as a model would spell it; at least 99.5 % of these should be
 accepted. Second it is changed to mean something else; at most 0.1 % of these should be. Third,
 where the answer is no number, every formula of the question is boxed: what is accepted costs the
-policy no thought. Writes results/verifier.md.
+policy no thought. Fourth, a sample of these and all of experiments/answers.py are judged by
+verify.py and by plain math-verify. Writes results/verifier.md.
 """
 
 import argparse
+import multiprocessing
+import random
 import re
 import time
 from collections import Counter
@@ -16,9 +20,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from experiments.answers import OTHERS, PAIRS, WRONG_ANSWERS, hedges_of, pairs_of
 from experiments.runs import table
 from train import load_sets
-from verify import judge_math, normalise, number, split_outside_brackets, without_spaces
+from verify import (
+    judge_math,
+    normalise,
+    number,
+    split_outside_brackets,
+    value_and_unit,
+    without_spaces,
+)
 
 RESULT = Path("experiments/results/verifier.md")
 SUMMARY = (
@@ -32,12 +44,25 @@ SUMMARY = (
     "accepted",
     "ms per answer",
 )
+COMPARED = (
+    "suite",
+    "answers",
+    "verify.py: right refused",
+    "wrong accepted",
+    "math-verify: right refused",
+    "wrong accepted",
+    "no verdict in time",
+)
+SAMPLE = 500  # per set of data, of its spellings and of its perturbed answers; math-verify is slow
+SEED = 0
+PLAIN_LIMIT = 20.0  # seconds; math-verify ends most answers itself after 5
 DETAILS = ("what", "set", "kind", "gold", "answer", "verdict", "count")
 
 
 def value(gold):
     """A Fraction, or None if the answer is no number."""
-    return number(without_spaces(normalise(gold)))
+    without_unit, _ = value_and_unit(normalise(gold), bare=False)
+    return number(without_spaces(without_unit))
 
 
 # ---- the same answer in other words --------------------------------------------------------------
@@ -123,6 +148,7 @@ UNITS = (
     r"^\circ",
     r"^{\circ}",
 )
+UNITS_OF_PI = UNITS[:4]  # an angle in radians has no degrees
 UNITS_IN_WORDS = (
     " dollars",
     " apples",
@@ -139,7 +165,9 @@ def spellings_with_units(gold):
     same = {}
     if value(gold) is not None or re.fullmatch(r"\d*(\\sqrt\{\d+\}|\\pi)", gold):
         is_decimal = re.fullmatch(r"[\d,.]+", gold)
-        units = UNITS + UNITS_IN_WORDS if is_decimal else UNITS
+        units = UNITS_OF_PI if "pi" in gold else UNITS
+        if is_decimal:
+            units += UNITS_IN_WORDS
         if not re.search(r"%|circ", gold):
             for unit in units:
                 same[f"unit {unit}"] = gold + unit
@@ -280,6 +308,101 @@ def plain(answer):
     return without_spaces(normalise(answer))
 
 
+# ---- plain math-verify ---------------------------------------------------------------------------
+
+
+def plain_worker(connection):
+    """Judges (response, gold) as the README of math-verify shows, for ever."""
+    from math_verify import parse, verify
+
+    while True:
+        response, gold = connection.recv()
+        try:
+            is_right = verify(parse(f"${gold}$"), parse(response))
+        except Exception:  # it raises what sympy raises, and whoever uses it gives no reward then
+            is_right = False
+        connection.send(bool(is_right))
+
+
+class PlainMathVerify:
+    """math-verify alone, in a process that is ended when it exceeds PLAIN_LIMIT."""
+
+    def __init__(self):
+        self.process = None
+
+    def start(self):
+        self.connection, other = multiprocessing.Pipe()
+        context = multiprocessing.get_context("spawn")
+        self.process = context.Process(target=plain_worker, args=(other,), daemon=True)
+        self.process.start()
+
+    def close(self):
+        self.process.kill()
+        self.process.join()
+        self.process = None
+
+    def judge(self, response, gold):
+        """Whether it is right; None if there was no verdict in time."""
+        if self.process is None:
+            self.start()
+        self.connection.send((response, gold))
+        if self.connection.poll(PLAIN_LIMIT):
+            return self.connection.recv()
+        self.close()
+        return None
+
+
+def suites(sets):
+    """{name: [(response, gold, right)]} for both verifiers; of the data's answers a sample."""
+    draw = random.Random(SEED)
+    spelled = []
+    perturbed = []
+    for problems in sets.values():
+        for cases, variants in ((spelled, spellings), (perturbed, perturbations)):
+            found = []
+            for problem in problems:
+                for _, text in variants(problem):
+                    if text != problem.answer:
+                        found.append((text, problem.answer))
+            cases += draw.sample(found, min(SAMPLE, len(found)))
+    hedges = [(text, gold) for gold, other in OTHERS.items() for text in hedges_of(gold, other)]
+    return {
+        "gold answers in other words": [(text, gold, True) for text, gold in spelled],
+        "gold answers changed": [(rf"\boxed{{{text}}}", gold, False) for text, gold in perturbed],
+        "hedges": [(text, gold, False) for text, gold in hedges],
+        "wrong answers": [
+            (rf"so \boxed{{{text}}}.", gold, False) for text, gold in pairs_of(WRONG_ANSWERS)
+        ],
+        "pairs": [(pair["response"], pair["gold"], pair["right"]) for pair in PAIRS],
+    }
+
+
+def compared(sets):
+    """Rows of COMPARED."""
+    plain = PlainMathVerify()
+    rows = []
+    for name, cases in suites(sets).items():
+        count = Counter()
+        for response, gold, is_right in tqdm(cases, name):
+            ours = judge_math(response, gold) == "right"
+            theirs = plain.judge(response, gold)
+            count["ours", is_right, ours] += 1
+            count["theirs", is_right, bool(theirs)] += 1
+            count["late"] += theirs is None
+        row = [name, f"{len(cases):,}"]
+        for who in ("ours", "theirs"):
+            row.append(out_of(count, who, True, False))
+            row.append(out_of(count, who, False, True))
+        rows.append([*row, count["late"]])
+    plain.close()
+    return rows
+
+
+def out_of(count, who, is_right, accepted):
+    total = count[who, is_right, True] + count[who, is_right, False]
+    return f"{count[who, is_right, accepted]} of {total:,}" if total else ""
+
+
 # ---- the page ------------------------------------------------------------------------------------
 
 
@@ -323,7 +446,8 @@ def main():
     names = parser.parse_args().data
     summary = []
     details = []
-    for name, problems in load_sets(names, "test").items():
+    sets = load_sets(names, "test")
+    for name, problems in sets.items():
         row, unexpected = judge(name, problems)
         summary.append([escaped(cell) for cell in row])
         for case, count in unexpected.items():
@@ -331,7 +455,12 @@ def main():
     files = " ".join(Path(name).name for name in names)
     text = (
         f"`python -m experiments.verifier {files}`\n\n{table(SUMMARY, summary)}\n\n"
-        f"Spellings not accepted, and what else was:\n\n{table(DETAILS, details)}\n"
+        f"Spellings not accepted, and what else was:\n\n{table(DETAILS, details)}\n\n"
+        "The same answers judged by verify.py and by plain math-verify, "
+        "`verify(parse(gold), parse(response))`. Of each set of data up to "
+        f"{SAMPLE} spellings and {SAMPLE} changed answers were drawn (seed {SEED}); hedges, wrong "
+        "answers and pairs, all of them, are in experiments/answers.py and answers.jsonl.\n\n"
+        f"{table(COMPARED, compared(sets))}\n"
     )
     RESULT.write_text(text)
     print(text)
