@@ -444,6 +444,52 @@ def seconds_cells(case):
     ]
 
 
+# The README's recipe for one GPU: GSM8K, whose answers are taken to have 250 tokens on average.
+RECIPE_STEPS = 200
+RECIPE = {
+    "--prompts_per_step": 128,
+    "--updates_per_rollout": 4,
+    "--max_prompt_len": 512,
+    "--max_response_len": 1024,
+    "--steps": RECIPE_STEPS,
+}
+
+
+def recipe_command(model):
+    flags = " ".join(f"{flag} {value}" for flag, value in RECIPE.items())
+    return (
+        f"torchrun train.py --method clip_cov --model {model} --data openai/gsm8k:main:train "
+        f"--eval_data openai/gsm8k:main:test --eval_prompts 256 {flags}"
+    )
+
+
+def recipe_table():
+    titles = ["model", "peak of the GPU's memory, GB", "vllm's share", *STAGES]
+    titles += ["**step**", f"**hours for {RECIPE_STEPS} steps**"]
+    prompts = RECIPE["--prompts_per_step"]
+    updates = RECIPE["--updates_per_rollout"]
+    longest = RECIPE["--max_response_len"]
+    rows = []
+    for case in CASES[:2]:
+        plan = memory_per_gpu(
+            case.shape,
+            1,
+            prompts=prompts,
+            updates=updates,
+            longest=longest,
+            prompt=RECIPE["--max_prompt_len"],
+        )
+        took = seconds_per_step(
+            case.shape, 1, prompts, response=250, longest=longest, prompt=150, updates=updates
+        )
+        step = sum(took[stage] for stage in STAGES)
+        cells = [case.model, f"{max(plan.peaks.values()) / 1e9:.0f}", f"{plan.share:.2f}"]
+        cells += [f"{took[stage]:.1f}" for stage in STAGES]
+        cells += [f"**{step:.0f}**", f"**{RECIPE_STEPS * step / 3600:.1f}**"]
+        rows.append(cells)
+    return table(titles, rows)
+
+
 ON_PAPER = """# What a step costs on GPUs, on paper
 
 `python -m experiments.scaling`. P prompts, G answers each, T response tokens; GB = 10^9 bytes. What
@@ -479,6 +525,18 @@ faster with more engines: the longest answer bounds it.
 ```
 {commands}
 ```
+
+## One card: GSM8K
+
+The same arithmetic for answers of 250 tokens on average, on one H100. At this size a GPU waits for
+Python and for kernel launches, which is not counted, so expect a few times these hours. Evaluations
+are not counted either. Not run yet.
+
+{recipe}
+
+```
+{recipe_commands}
+```
 """
 
 
@@ -487,6 +545,8 @@ def write_on_paper():
         memory=memory_table(),
         seconds=seconds_table(),
         commands="\n".join(command(case) for case in CASES),
+        recipe=recipe_table(),
+        recipe_commands="\n".join(recipe_command(case.model) for case in CASES[:2]),
         overhead=(OVERHEAD + VLLM_OVERHEAD) / 1e9,
         card=ASSUMED_CARD / 1e9,
         **ASSUMED,
