@@ -186,8 +186,9 @@ SMALL_NUMBERS = "zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|tw
 TEENS = "(?:thir|four|fif|six|seven|eigh|nine)teen"
 TENS = "(?:twen|thir|for|fif|six|seven|eigh|nine)ty"
 MULTIPLES = "hundred|thousand|lakh|crore|dozen|hal(?:f|ves)|thirds|quarters|twice|[a-z]*fold"
+MULTIPLES += "|(?:four|fif|six|seven|eigh|nin|ten|[a-z]*teen|[a-z]*tie|hundred|thousand)ths"
 OPERATORS = "plus|minus|over|under|below|negative|less|divided|multiplied|doubled|tripled|negated"
-OPERATORS += r"|modulo|choose|times(?= (?:[a-z]|pi)\b)"  # 34 times: a unit
+OPERATORS += r"|mod(?:ulo)?|choose|times(?= (?:[a-z]|pi)\b)"  # 34 times: a unit
 NEGATIONS = "not?|none|never"
 LOSSES = "loss(?:es)?|lost|decreased?|reduction"  # 20\% loss is not 20\% profit
 FUNCTIONS = "sin|cos|tan|log|exp|sqrt|square root|factorial|reciprocal"
@@ -305,7 +306,10 @@ SPELLINGS = (
     (r"\\[cd]ots(?![A-Za-z])", r"\\ldots"),
     # \{x \mid x > 2\} and \{x \in \mathbb{R} : x > 2\} are x > 2, ]a,b[ is (a,b)
     (r"^(\\\{ ?[A-Za-z]) ?\\in ?\(-\\infty,\\infty\)", r"\1"),
-    (rf"^\\\{{ ?[A-Za-z] ?(?:\\mid(?![A-Za-z])|[|:]) ?(?=[^|]*{RELATION})(.*)\\\}}$", r"\1"),
+    (
+        rf"^\\\{{ ?([A-Za-z]) ?(?:\\mid(?![A-Za-z])|[|:]) ?(?=[^|]*{RELATION})(?=.*\1)(.*)\\\}}$",
+        r"\2",
+    ),
     (r"^\]([^()\[\]]*),([^()\[\]]*)\[$", r"(\1,\2)"),
     # the unit, in two spellings; between them, \text{even} is even
     (TEXT_UNIT, r" `\1\2\3` "),

@@ -442,11 +442,14 @@ not = 12 | 12
 mv | Mv
 # a tautology; sets of sets
 x+3 = x+3 | y=x+3
+\{x \in \mathbb{R} : y > 2\} | (2,\infty)
 \{\{1\},\{2\}\} | \{1,2\}
 \{1,\{2\}\} | \{1,2\}
 # words that change the number, or take it back
 34\%\% | 34\%
 34\text{ lakh} | 34
+34\text{ tenths} | 34
+34\text{ mod seven} | 34
 34\text{ twice} | 34
 34\text{ tenfold} | 34
 34\text{ doubled} | 34
