@@ -145,7 +145,20 @@ def verl_schema(columns, rule):
         reward_model = json_of(reward_model, "the reward_model")
     if not isinstance(reward_model, dict) or is_missing(reward_model.get("ground_truth")):
         raise ValueError("no answer found: reward_model has nothing in ground_truth")
-    return columns["prompt"], reward_model["ground_truth"]
+    return columns["prompt"], without_list(reward_model["ground_truth"])
+
+
+def without_list(answer):
+    """The one answer of a list of texts in JSON, as Skywork-OR1 writes it: '["5"]' is 5."""
+    if not isinstance(answer, str) or not TEXT_OF_LIST.match(answer):
+        return answer
+    answers = json_of(answer, "the answer")
+    if len(answers) != 1:
+        raise ValueError(
+            f"the answer is a list of {len(answers)}: {shortened(answer)}; give the one that "
+            "counts, or take the row out"
+        )
+    return answers[0]
 
 
 def countdown_schema(columns, rule):
@@ -187,7 +200,7 @@ def answer_in_solution(solution):
 def json_of(text, what):
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{what} looks like JSON and is none: {shortened(text)}") from None
 
 
@@ -197,6 +210,8 @@ def shortened(value):
 
 
 # ---- the prompt and the gold answer of a row -----------------------------------------------------
+
+TEXT_OF_LIST = re.compile(r"\s*\[\s*\"")
 
 # Messages that were stored as one text, by json.dumps or by str.
 TEXT_OF_MESSAGES = re.compile(r"\s*\[\s*\{\s*[\"'](role|content)[\"']")
@@ -265,7 +280,8 @@ def equals_itself(gold):
     return verdict == "right" and normalise(gold) != ""
 
 
-MISSING = ("None", "null", "nan", "NaN", "<NA>")  # as str() and pandas write what is not there
+# As str() and pandas write what is not there, and NuminaMath-1.5; its proofs have no answer.
+MISSING = ("None", "null", "nan", "NaN", "<NA>", "notfound", "proof")
 
 
 def answer_text(answer, rule):
@@ -357,7 +373,7 @@ def read_json(name, path):
     if is_array:
         try:
             rows = json.loads(path.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{name} begins with [ and is no JSON array: {error}") from None
         yield from enumerate(rows, 1)
         return
@@ -366,7 +382,7 @@ def read_json(name, path):
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{name}, line {number} is not a whole JSON object: {error}") from None
         yield number, row
 
@@ -375,10 +391,19 @@ def read_parquet(name, path):
     import pyarrow.parquet
 
     try:
-        yield from distinct_rows(pyarrow.parquet.ParquetFile(path).iter_batches(BATCH))
+        file = pyarrow.parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        twice = [column for column in names if names.count(column) > 1]
+        if twice:
+            raise ValueError(f"{name} has the column {twice[0]} twice; leave one out")
+        yield from distinct_rows(file.iter_batches(BATCH))
     except (pyarrow.ArrowInvalid, OSError) as error:
         first_line = str(error).splitlines()[0]
         raise ValueError(f"{name} is not a whole Parquet file: {first_line}") from None
+    except pyarrow.ArrowNotImplementedError as error:  # a type that pyarrow cannot compute with
+        raise ValueError(
+            f"{name} has a column of an unusual type ({error}): convert it to JSON Lines"
+        ) from None
 
 
 def read_hub(name):
@@ -492,7 +517,10 @@ def turn_ends(tokenizer):
         return set()
     content = "0123456789"
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # a template that refuses an assistant's message says nothing of its end
+        return set()
     _, found, after = text.rpartition(content)
     ids = tokenizer(after.strip(), add_special_tokens=False)["input_ids"] if found else []
     special = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
@@ -512,7 +540,10 @@ def render_all(sets, tokenizer, max_prompt_len, count=0, seed=0):
     prompts = [render(problem, tokenizer) for problem in problems]
     if [] in prompts:
         lost = problems[prompts.index([])]
-        raise ValueError(f"the tokenizer leaves nothing of the prompt {shortened(lost.prompt)}")
+        raise ValueError(
+            f"the tokenizer leaves nothing of the prompt {shortened(lost.prompt)}: are its files "
+            "beside the model's, and does its chat template write the messages?"
+        )
     longest = max(map(len, prompts), default=0)
     too_long = sum(len(prompt) > max_prompt_len for prompt in prompts)
     if too_long:

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from entropy import token_statistics, use_float32_logits
@@ -157,7 +157,20 @@ def load_model(path, trust_remote_code):
             f"{path} holds a head that is not its embeddings, but its config.json says that they "
             'are one: write "tie_word_embeddings": false there, or the engine would tie them'
         )
+    make_savable(model)
     return model
+
+
+def make_savable(model):
+    """Keeps only the token ids of generation settings that contradict each other, as a temperature
+    without do_sample: transformers reads them, but refuses to save them with a checkpoint."""
+    settings = model.generation_config
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        ids = {name: getattr(settings, name) for name in names}
+        model.generation_config = GenerationConfig(**ids)
 
 
 def decoder_layers(model):

@@ -107,9 +107,10 @@ def save_checkpoint(folder, policy, optimizer, tokenizer, state, keep):
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk is any of the three
             shutil.rmtree(unfinished, ignore_errors=True)
             saved = checkpoints(folder)
+            last, then = (saved[-1].name, "--resume") if saved else ("none", "--overwrite")
             raise SystemExit(
                 f"{folder}: no room for checkpoint-{state['step']}? ({error}) The last complete "
-                f"one is {saved[-1].name if saved else 'none'}; make room, then --resume"
+                f"one is {last}; make room, then {then}"
             ) from None
         unfinished.rename(folder / f"checkpoint-{state['step']}")
         delete_old_checkpoints(folder, keep)
@@ -181,6 +182,7 @@ def check_folder(cfg):
         )
     if cfg.dry_run:
         return
+    check_writable(folder)
     if cfg.resume:
         check_resume(cfg, folder)
     elif cfg.overwrite and folder.exists() and not (folder / "config.json").exists():
@@ -192,6 +194,18 @@ def check_folder(cfg):
         raise ValueError(
             f"{folder} holds an earlier run: --resume goes on, --overwrite deletes it, "
             "--name keeps both"
+        )
+
+
+def check_writable(folder):
+    """ValueError if the run's folder cannot be made, or not be written to."""
+    existing = folder
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(
+            f"{folder} cannot be written, since {existing} is no folder or allows no writing: "
+            "choose another --out or --name"
         )
 
 
@@ -209,7 +223,11 @@ def check_resume(cfg, folder):
     if cfg.method not in CONTROLLERS:  # a controller's schedule depends on --steps
         may_change.add("steps")
     # A run of before --lora_rank trained all weights.
-    before = {"lora_rank": 0} | json.loads((folder / "config.json").read_text())
+    try:
+        saved_settings = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise ValueError(f"--resume: {folder}/config.json is no JSON ({error})") from None
+    before = {"lora_rank": 0} | saved_settings
     changed = []
     for name, value in vars(cfg).items():
         old_value = before.get(name, value)  # a run of before a flag was added lacks it

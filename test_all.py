@@ -2941,6 +2941,26 @@ def test_bad_files_are_refused_in_one_line(write_rows, tmp_path):
     (tmp_path / "j.jsonl").write_text("{}\n{")
     assert re.search("row 1|line 2", complaint(tmp_path / "j.jsonl"))
 
+    (tmp_path / "deep.jsonl").write_text('{"answer": ' + "[" * 10**5)
+    assert "line 1 is not a whole JSON object" in complaint(tmp_path / "deep.jsonl")
+    (tmp_path / "deep.json").write_text("[" * 10**5)
+    assert "is no JSON array" in complaint(tmp_path / "deep.json")
+
+
+def test_parquet_files_of_odd_columns_are_refused_in_one_line(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "d.parquet"
+    columns = [pyarrow.array([text]) for text in ("a", "b", "1")]
+    names = ["question", "question", "answer"]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, names), path)
+    assert complaint(path) == f"{path} has the column question twice; leave one out"
+
+    views = [pyarrow.array([text], pyarrow.string_view()) for text in ("a", "1")]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(views, names[1:]), path)
+    assert "has a column of an unusual type" in complaint(path)
+
 
 def test_rules_that_do_not_fit_are_refused_in_one_line(write_rows):
     arithmetic = write_rows("k.jsonl", [{"question": "?", "answer": "1"}])
@@ -2980,6 +3000,9 @@ def verl_row(gold, prompt=CHAT):
         (question(True), "True"),
         (verl_row(5), "5"),
         ({"prompt": CHAT, "reward_model": '{"ground_truth": "2", "style": "rule"}'}, "2"),
+        (verl_row('["2"]'), "2"),  # as Skywork-OR1 writes it
+        (verl_row(r'["\\frac{1}{2}"]'), r"\frac{1}{2}"),
+        (verl_row("[2, 3]"), "[2, 3]"),  # an interval
     ],
 )
 def test_a_gold_answer_however_it_is_written(row, gold, write_rows):
@@ -2993,6 +3016,10 @@ def test_a_gold_answer_however_it_is_written(row, gold, write_rows):
     [
         # no answer, or none that a response could equal
         ({"question": "?", "solution": "It is 2."}, "no answer found in the solution, which ends"),
+        (question("proof"), "no answer found: it is 'proof'"),
+        (question("notfound"), "no answer found: it is 'notfound'"),
+        (verl_row('["1", "2"]'), "the answer is a list of 2: "),
+        (verl_row('["1"'), "the answer looks like JSON and is none"),
         ({"question": "?", "solution": r"It is \boxed{}"}, "no answer found in the solution"),
         (question(""), "cannot judge the answer ''"),
         (question(" "), "cannot judge the answer ''"),
@@ -3321,6 +3348,7 @@ PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}{{ 
         (LLAMA_2, {0}),
         (PLAIN.replace("{{ eos_token }}", "user:"), set()),  # plain text ends the turn
         ("{{ messages[0].content }}", set()),  # it leaves the answer out
+        ("{% if messages[1] %}{{ raise_exception('no answers') }}{% endif %}", set()),
         (None, set()),
     ],
 )
@@ -3705,6 +3733,22 @@ def test_a_head_that_is_not_tied_though_the_config_says_so(tmp_path):
     config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="does not hold lm_head.weight"):
         policy.load_model(tmp_path, False)
+
+
+def test_generation_settings_that_contradict_each_other_do_not_stop_a_checkpoint(tmp_path):
+    """Some models on the hub hold a temperature without do_sample, and cannot be saved as loaded.
+    Settings that fit together stay."""
+    model = random_model()
+    model.generation_config.eos_token_id = [1, 3]
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "generation_config.json"
+    settings = json.loads(path.read_text()) | {"temperature": 0.9, "do_sample": True}
+    for do_sample, kept in ((True, 0.9), (False, None)):
+        path.write_text(json.dumps(settings | {"do_sample": do_sample}))
+        loaded = policy.load_model(tmp_path, False)
+        loaded.save_pretrained(tmp_path / "saved")
+        saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+        assert (saved.get("temperature"), saved["eos_token_id"]) == (kept, [1, 3])
 
 
 def test_a_model_that_never_ties_is_loaded_whatever_its_config_says(tmp_path):

@@ -279,7 +279,7 @@ def parse(argv):
     parser = HfArgumentParser(
         [Data, Method, Training, Run],
         usage="train.py --method METHOD [options]",
-        description=__doc__.splitlines()[0]
+        description=" ".join(__doc__.partition("\n\n")[0].split())
         + " Defaults are shown for this machine and the --model given.",
         formatter_class=OneLine,
         allow_abbrev=False,
@@ -294,9 +294,9 @@ def parse(argv):
         parser.set_defaults(**ON_GPUS)
     cfg, unknown = parser.parse_known_args(argv)
     if unknown:
-        flags = [f"--{name}" for name in vars(cfg)]
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], flags, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        word = unknown[0].partition("=")[0]
+        near = difflib.get_close_matches(word.lstrip("-"), vars(cfg), 1)  # -- makes all alike
+        hint = f"did you mean --{near[0]}? " if near and word.startswith("-") else ""
         raise ValueError(f"{unknown[0]}: there is no such flag; {hint}--help lists all")
     expand_home(cfg)
     if model in tiny.SIZES:
@@ -307,7 +307,7 @@ def parse(argv):
             raise ValueError(f"--method {method} with --{name}: {why}")
     check_values(cfg)
     cfg.engine = resolve_engine(cfg.engine, cfg.rollout_tp)
-    cfg.name = cfg.name or default_name(cfg)
+    cfg.name = cfg.name.strip() or default_name(cfg)
     is_one_folder = Path(cfg.name).name == cfg.name and cfg.name.isprintable()
     if not is_one_folder or cfg.name.startswith((".", "~")):
         raise ValueError(
@@ -350,6 +350,8 @@ def check_values(cfg):
             f"--prompts_per_step {cfg.prompts_per_step} must be a multiple of {ranks} (ranks) x "
             f"{cfg.updates_per_rollout} (--updates_per_rollout)"
         )
+    if cfg.steps and "none" in cfg.data:
+        raise ValueError("--data none: training needs problems; --steps 0 only evaluates")
     if 0 < cfg.steps < cfg.record_step:
         raise ValueError(
             f"--record_step {cfg.record_step} is after the last of --steps {cfg.steps}"
@@ -365,7 +367,7 @@ def check_values(cfg):
 
 
 def check_number(name, value):
-    if not math.isfinite(value):
+    if isinstance(value, float) and not abs(value) <= torch.finfo(torch.float32).max:
         raise ValueError(f"--{name} {value}: a finite number is expected")
     if value < 0 and name in MAY_BE_ZERO:
         raise ValueError(f"--{name} {value}: it must be 0 or more")
@@ -397,7 +399,7 @@ def clear_errors():
     """Bad input: one line per node, exit code 2 on every rank, before anything slow."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if os.environ["LOCAL_RANK"] == "0":
             one_line = " ".join(str(error).split())
             tqdm.write(f"train.py: error: {one_line}", file=sys.stderr)  # not beside a bar
@@ -602,9 +604,23 @@ def load_data(cfg):
 
 
 def check_model_name(cfg):
-    """OSError or ValueError if there is no such model, before anything slow."""
-    if cfg.model not in tiny.SIZES:
-        AutoConfig.from_pretrained(cfg.model, trust_remote_code=cfg.trust_remote_code)
+    """ValueError if there is no such model, or none that can be trained, before anything slow."""
+    if cfg.model in tiny.SIZES:
+        return
+    if cfg.model.startswith((".", "/")) and not os.path.isdir(cfg.model):
+        raise ValueError(f"--model {cfg.model}: no such folder")
+    try:
+        config = AutoConfig.from_pretrained(cfg.model, trust_remote_code=cfg.trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        why = str(error).replace("`trust_remote_code=True`", "--trust_remote_code")
+        raise ValueError(f"--model {cfg.model}: {why}") from None
+    quantized = getattr(config, "quantization_config", None)
+    if quantized:
+        how = dict(quantized).get("quant_method", "") if isinstance(quantized, dict) else ""
+        raise ValueError(
+            f"--model {cfg.model}: its weights are quantized ({how}), which cannot be trained; "
+            "give the model that it was made from"
+        )
 
 
 def start_process_group(cfg):
@@ -656,6 +672,18 @@ def render_sets(train_sets, eval_sets, tokenizer, cfg):
         first = problems[: cfg.eval_prompts or None]
         to_evaluate[name] = render_all({name: first}, tokenizer, cfg.max_prompt_len)
     return to_train, to_evaluate
+
+
+def check_token_ids(sets, model_config):
+    """ValueError if a prompt of the sets [(problems, prompts), ...] holds a token that the model
+    has no embedding for: on a GPU that ends in an assertion that names no cause."""
+    rows = getattr(model_config.get_text_config(), "vocab_size", math.inf)
+    largest = max((max(prompt) for _, prompts in sets for prompt in prompts), default=0)
+    if largest >= rows:
+        raise ValueError(
+            f"the tokenizer writes token {largest}, but the model has only {rows}: is it the "
+            "tokenizer of another model?"
+        )
 
 
 def first_state():
@@ -905,6 +933,7 @@ def main(argv=None):
     with clear_errors():
         tokenizer, model_config = load_tokenizer(base, cfg)
         (problems, prompts), eval_sets = render_sets(train_sets, eval_sets, tokenizer, cfg)
+        check_token_ids([(problems, prompts), *eval_sets.values()], model_config)
         size, plan = plan_run(cfg, model_config, device, dtype, with_reference=bool(ref_names))
     if cfg.dry_run:
         shown = [(problems, prompts)] if cfg.steps else eval_sets.values()
@@ -930,7 +959,9 @@ def main(argv=None):
     with clear_errors():
         engine = start_engine(base, policy, tokenizer, cfg, device, dtype, plan.share)
 
-    run_log = RunLog(folder, cfg, state["step"], rank, first_prompt(tokenizer, prompts, eval_sets))
+    with clear_errors():
+        prompt = first_prompt(tokenizer, prompts, eval_sets)
+        run_log = RunLog(folder, cfg, state["step"], rank, prompt)
     warn_if_idle(run_log, cfg)
     if plan.tight and device.type == "cuda":
         run_log.warn(plan.tight, "by arithmetic, which may be wrong; see --dry_run")

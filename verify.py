@@ -166,10 +166,10 @@ def same_number(answer, gold, decide):
     62.5 % may be written 62.5\%, 62.5 or 0.625, but not 0.625 %."""
     answer = without_spaces(answer)
     gold = without_spaces(gold)
-    expected = number(gold.rstrip("%"))
+    expected = number(gold.removesuffix("%"))
     if expected is None:
         return None
-    found = number(answer.rstrip("%"))
+    found = number(answer.removesuffix("%"))
     if found is None:
         return False
     scale = Fraction(100 if answer.endswith("%") else 1, 100 if gold.endswith("%") else 1)
@@ -185,12 +185,21 @@ def same_number(answer, gold, decide):
 SMALL_NUMBERS = "zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
 TEENS = "(?:thir|four|fif|six|seven|eigh|nine)teen"
 TENS = "(?:twen|thir|for|fif|six|seven|eigh|nine)ty"
-MULTIPLES = "hundred|thousand|dozen|hal(?:f|ves)|thirds|quarters"
-OPERATORS = r"plus|minus|over|under|below|negative|less|times(?= [a-z]\b)"  # 34 times: a unit
+MULTIPLES = "hundred|thousand|lakh|crore|dozen|hal(?:f|ves)|thirds|quarters|twice|[a-z]*fold"
+MULTIPLES += "|(?:four|fif|six|seven|eigh|nin|ten|[a-z]*teen|[a-z]*tie|hundred|thousand)ths"
+OPERATORS = "plus|minus|over|under|below|negative|less|divided|multiplied|doubled|tripled|negated"
+OPERATORS += r"|mod(?:ulo)?|choose|times(?= (?:[a-z]|pi)\b)"  # 34 times: a unit
 NEGATIONS = "not?|none|never"
 LOSSES = "loss(?:es)?|lost|decreased?|reduction"  # 20\% loss is not 20\% profit
-FUNCTIONS = "sin|cos|tan|log|exp|sqrt"
-CALCULATING = f"{OPERATORS}|{NEGATIONS}|{LOSSES}|{FUNCTIONS}"
+FUNCTIONS = "sin|cos|tan|log|exp|sqrt|square root|factorial|reciprocal"
+CONSTANTS = "pi|tau|phi|infinity"
+# 34 perhaps: no answer was given
+HEDGES = "maybe|perhaps|probably|possibly|approximately|roughly|at least|at most|if|otherwise"
+HEDGES += "|except|excluded|isn't"
+# 34 in binary, but 34 binary strings; 34 is wrong, but 34 wrong answers
+LAST = "(?:binary|octal|hex|recurring|repeating|double|gross|permille|ppm|basis points|infinite"
+LAST += "|inverse|opposite|wrong|incorrect)(?! ?[A-Za-z])"
+CALCULATING = f"{OPERATORS}|{NEGATIONS}|{LOSSES}|{FUNCTIONS}|{CONSTANTS}|{HEDGES}|{LAST}"
 COUNTING = f"{MULTIPLES}|{CALCULATING}|{SMALL_NUMBERS}|{TEENS}|{TENS}"
 # Anywhere in it a word that counts; "illion" also inside of a word.
 HOLDS_A_NUMBER = rf"[^{{}}]*(?:illion|\b(?:{COUNTING})s?\b)"
@@ -249,8 +258,8 @@ SPELLINGS = (
     ("`", " "),
     # the rows of a matrix: \\ and \\[4pt], before \[ is a delimiter and `\\ ` a space
     (r" ?\\\\ ?(?:\[ ?-?[0-9.]+ ?[a-z]{2} ?\])?", r" \\cr "),
-    # \dfrac, \tfrac, \cfrac, {a \over b}, {n \choose k}
-    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    # \dfrac, \tfrac, \cfrac, \dbinom, {a \over b}, {n \choose k}
+    (r"\\[dtc](frac|binom)(?![A-Za-z])", r"\\\1"),
     (r"\{ ?([^{}]*?) ?\\over(?![A-Za-z]) ?([^{}]*?) ?\}", r"\\frac{\1}{\2}"),
     (r"\{ ?([^{}]*?) ?\\choose(?![A-Za-z]) ?([^{}]*?) ?\}", r"\\binom{\1}{\2}"),
     # 1{,}000  1,\!000  1\,000, but not `1 000`: a space separates two answers
@@ -265,6 +274,7 @@ SPELLINGS = (
     (r"(?<=[cmk]m\^|[ {]m\^|m\}\^|ft\^|in\^)²", "2"),
     (r"(?<=[cmk]m\^|[ {]m\^|m\}\^|ft\^|in\^)³", "3"),
     ("Å", r"\\AA"),
+    (r"[€£]|\\(?:pounds|euro)(?![A-Za-z])", " "),
     ("[ΩΩ]", r"\\Omega"),
     (SPACES, " "),
     # 50\%, 50 percent, 50\text{ percent}
@@ -280,18 +290,26 @@ SPELLINGS = (
     (r"\\frac ?([0-9]) ?\{", r"\\frac{\1}{"),
     (r"\\frac ?(\{[^{}]*\}) ?([0-9])", r"\\frac\1{\2}"),
     (r"\\sqrt ?([0-9])", r"\\sqrt{\1}"),
-    # bmatrix and an array in brackets are pmatrix
-    (r"\\(begin|end)\{(?:[bp]matrix|array)\}(?: ?\{[lcr| ]+\})?", r"\\\1{pmatrix}"),
+    # bmatrix, and a matrix or an array in brackets, are pmatrix
+    (r"\\(begin|end)\{(?:[bp]?matrix|array)\}(?: ?\{[lcr| ]+\})?", r"\\\1{pmatrix}"),
     (r"[(\[] ?(\\begin\{pmatrix\}(?:(?!\\end).)*\\end\{pmatrix\}) ?[)\]]", r"\1"),
-    (r"\\cr ?(?=\\end)", ""),
+    (r"\\cr ?(?=\\end|\.?$)", ""),
+    # \langle 1, 2 \rangle is (1, 2)
+    (r"\\langle(?![A-Za-z])([^|]*?,[^|]*?)\\rangle(?![A-Za-z])", r"(\1)"),
+    # \pmod{4} and \pmod 4
+    (r"\\pmod ?\{ ?([0-9A-Za-z]+) ?\}", r"\\pmod \1"),
     # the real numbers, the empty set, infinities, bars, dots
     (r"\\(?:mathb[bf]|Bbb) ?(?:\{ ?R ?\}|R(?![A-Za-z]))", r"(-\\infty,\\infty)"),
     (r"\\varnothing(?![A-Za-z])|\\\{ ?\\\}", r"\\emptyset"),
     (r"(^|[,(\[=]) ?\+ ?\\infty", r"\1\\infty"),
     (r"\\[lr]?vert(?![A-Za-z])", "|"),
     (r"\\[cd]ots(?![A-Za-z])", r"\\ldots"),
-    # \{x \mid x > 2\} is x > 2, ]a,b[ is (a,b)
-    (rf"^\\\{{ ?[A-Za-z] ?(?:\\mid(?![A-Za-z])|[|:]) ?(?=[^|]*{RELATION})(.*)\\\}}$", r"\1"),
+    # \{x \mid x > 2\} and \{x \in \mathbb{R} : x > 2\} are x > 2, ]a,b[ is (a,b)
+    (r"^(\\\{ ?[A-Za-z]) ?\\in ?\(-\\infty,\\infty\)", r"\1"),
+    (
+        rf"^\\\{{ ?([A-Za-z]) ?(?:\\mid(?![A-Za-z])|[|:]) ?(?=[^|]*{RELATION})(?=.*\1)(.*)\\\}}$",
+        r"\2",
+    ),
     (r"^\]([^()\[\]]*),([^()\[\]]*)\[$", r"(\1,\2)"),
     # the unit, in two spellings; between them, \text{even} is even
     (TEXT_UNIT, r" `\1\2\3` "),
@@ -472,7 +490,7 @@ def parts_of_intersection(text):
 
 def elements(text):
     r"""The members of a list `1, 2` or a set `\{1, 2\}`; a \pm b is two."""
-    if text.startswith("\\{") and text.endswith("\\}"):
+    if text.startswith("\\{") and text.endswith("\\}") and is_bracketed(text[1:]):
         text = text[2:-2]
     found = []
     for piece in split_outside_brackets(text, ","):
@@ -502,7 +520,8 @@ def same_in_any_order(found, expected, decide):
         spelled = without_spaces(piece)
         left.sort(key=lambda other: without_spaces(other) != spelled)  # the same spelling first
         for i, other in enumerate(left):
-            if same_answer(piece, other, decide):
+            both_sets = piece.startswith("\\{") == other.startswith("\\{")  # {1} is not 1 in a set
+            if both_sets and same_answer(piece, other, decide):
                 left.pop(i)
                 break
         else:
@@ -690,8 +709,8 @@ def same_assignment(answer, gold, decide):
         return None
     *links, last = found
     value = number(without_spaces(expected[0]))
-    if found_name is None and gold_name is None and (not links or value is None):
-        return None
+    if found_name is None and (value is None if links else gold_name is None):
+        return None  # x + 3 = x + 3 says nothing of y
     if None not in (found_name, gold_name) and found_name != gold_name:
         return False
     if not same_answer(last, expected[0], decide):
@@ -715,18 +734,18 @@ def same_equation(answer, gold, decide):
 
 
 CHOICE = re.compile(
-    r"(?:(?:option|choice|answer) )?(?:([A-Z])\)?|\( ?([A-Z]) ?\)(?: ?[.:])?(?: (?:-?[0-9]"
-    r"|\\frac|\\sqrt)(?:[0-9./{}()+ ^-]|\\(?:frac|sqrt|pi)(?![A-Za-z]))*)?)",
+    r"(?:(?:option|choice|answer) )?(?:([A-Z])|(?:\( ?([A-Z]) ?\)(?: ?[.:])?|([A-Z])[.:)])"
+    r"(?: ?(?:-?[0-9]|\\frac|\\sqrt)(?:[0-9./{}()+ ^-]|\\(?:frac|sqrt|pi)(?![A-Za-z]))*)?)",
     re.I,
 )
 
 
 def same_choice(answer, gold, decide):
-    """Rule: of a multiple choice the letter counts: C, (C), C), Option C, (C) 12."""
+    """Rule: of a multiple choice the letter counts: C, (C), C), Option C, (C) 12, C. 12."""
     if not re.fullmatch("[A-J]", gold):
         return None
     match = CHOICE.fullmatch(answer)
-    return (match[1] or match[2]) == gold if match else None
+    return (match[1] or match[2] or match[3]) == gold if match else None
 
 
 WORD = re.compile(r"[A-Za-z]{3,}")
@@ -741,6 +760,8 @@ def same_word(answer, gold, decide):
     if not re.fullmatch(r"[A-Za-z ]{2,}", gold) or len(without_spaces(gold)) < 2:
         return None
     same = without_spaces(answer).casefold() == without_spaces(gold).casefold()
+    if not words(gold) and gold.casefold() != "no":  # mv and Mv are two products
+        same = without_spaces(answer) == without_spaces(gold)
     return same and words(answer) == words(gold)
 
 
@@ -758,10 +779,11 @@ MISREAD = re.compile(r"[0-9][A-Z]*_|\\frac ?\{ ?d[^{}]*\} ?\{ ?d|(?<![\^_0-9.])[
 CALL = re.compile(r"\\(?:arc|sin|cos|tan|cot|sec|csc|log|ln|exp|binom|lfloor|lceil)|!")
 COMMAND = re.compile(r"\\[A-Za-z]+")
 LETTER = re.compile(r"[A-Za-df-z]")  # e is a number
+GREEK_LETTER = re.compile(rf"\\(?:{GREEK}|nu|psi)(?![A-Za-z])")  # \pi is one, too
 
 
 def letters(text):
-    return set(LETTER.findall(COMMAND.sub(" ", text)))
+    return set(LETTER.findall(COMMAND.sub(" ", text)) + GREEK_LETTER.findall(text))
 
 
 def count_of_i(text):

@@ -193,6 +193,23 @@ x > 2 \text{ and } x < 5 | x<5 \text{ and } x>2
 x+0.1+0.2 | x+0.3
 y - 3 = 2(x-1) | y=2x+1
 \sqrt{7+4\sqrt3} | 2+\sqrt3
+# what strangers wrote
+C. 12 | C
+\text{C) } \frac{1}{2} | C
+€500 | 500
+\pounds 1,200.50 | 1200.5
+\{x \in \mathbb{R} : 0 \le x < 1\} | [0,1)
+\left\langle 1, -2 \right\rangle | (1,-2)
+\left[\begin{matrix} 1 & 2 \\ 3 & 4\end{matrix}\right] | \begin{pmatrix}1&2\\3&4\end{pmatrix}
+\dbinom{10}{5} | \binom{10}{5}
+n \equiv 1 \pmod {4} | n\equiv 1\pmod 4
+\frac{1}{2}\\ | \frac12
+\{1,2\}, \{3\} | \{3\},\{1,2\}
+34 \text{ binary strings} | 34
+34 \text{ wrong answers} | 34
+3 real roots | 3
+No | no
+\frac{\omega}{2\pi} | \frac{1}{2\pi}\omega
 """
 
 WRONG_ANSWERS = r"""
@@ -418,6 +435,36 @@ x > 12 | 12
 4 + 8 | 12
 \not= 12 | 12
 not = 12 | 12
+# a capital Greek letter or name is another one
+\Omega | \omega
+\delta | \Delta
+\lambda | \theta
+mv | Mv
+# a tautology; sets of sets
+x+3 = x+3 | y=x+3
+\{x \in \mathbb{R} : y > 2\} | (2,\infty)
+\{\{1\},\{2\}\} | \{1,2\}
+\{1,\{2\}\} | \{1,2\}
+# words that change the number, or take it back
+34\%\% | 34\%
+34\text{ lakh} | 34
+34\text{ tenths} | 34
+34\text{ mod seven} | 34
+34\text{ twice} | 34
+34\text{ tenfold} | 34
+34\text{ doubled} | 34
+34\text{ square root} | 34
+34\text{ reciprocal} | 34
+34\text{ choose k} | 34
+34\text{ times pi} | 34
+34\text{ lots of pi} | 34
+34\text{ in binary} | 34
+0.3\text{ recurring} | 0.3
+34\text{ perhaps} | 34
+34\text{ is wrong} | 34
+34\text{ at least} | 34
+34\text{ if even} | 34
+34\text{ except} | 34
 six = 12 | 12
 \{\emptyset\} | \emptyset
 \{\{5\}\} | \{5\}

@@ -775,6 +775,9 @@ def test_rollout_tp_of_zero_is_refused():
         ("--eval-every 0", "--eval_every 0: it must be positive"),
         ("--eval_evry 3", "--eval_evry: there is no such flag; did you mean --eval_every?"),
         ("--max_promt_len=9", "did you mean --max_prompt_len?"),
+        ("--foo", "--foo: there is no such flag; --help lists all"),
+        ("--temperature 1e300", "--temperature 1e+300: a finite number is expected"),
+        ("--data none", "--data none: training needs problems"),
     ],
 )
 def test_what_is_refused_on_two_ranks(words, complaint, monkeypatch, tmp_path):
@@ -787,6 +790,53 @@ def test_what_is_refused_on_two_ranks(words, complaint, monkeypatch, tmp_path):
 def test_flags_are_not_abbreviated():
     told = "--step: there is no such flag; did you mean --steps? --help lists all"
     assert refused(["--step", "3"]) == told
+
+
+def test_help_describes_the_program_in_whole_sentences(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    assert "and watch its entropy. Defaults" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("kind", ["file", "link to nothing"])
+def test_a_folder_that_cannot_be_made_is_refused_at_once(kind, tmp_path):
+    path = tmp_path / "run"
+    path.write_text("") if kind == "file" else path.symlink_to("nothing")
+    told = f"{path} cannot be written, since {path} is no folder"
+    assert told in refused(["--name", "run", "--out", str(tmp_path)])
+    assert refused(["--name", "run", "--out", str(tmp_path / "new" / "er")]) == ""
+    assert not (tmp_path / "new").exists()
+
+
+def told_of_model(folder):
+    """The complaint of check_model_name; "" if there is none."""
+    try:
+        train.check_model_name(parse(["--model", str(folder)]))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_models_that_cannot_be_trained_are_refused_by_their_config(tmp_path):
+    assert told_of_model("./nowhere") == "--model ./nowhere: no such folder"
+    config = {"model_type": "qwen2"}
+    for change, complaint in (
+        ({}, ""),
+        ({"model_type": "nosuch"}, f"--model {tmp_path}: The checkpoint you are trying to load"),
+        ({"auto_map": {"AutoConfig": "x.C"}, "model_type": "own"}, "argument --trust_remote_code"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "its weights are quantized (fp8)"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        found = told_of_model(tmp_path)
+        assert complaint in found and bool(complaint) == bool(found)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused():
+    config = Qwen2Config(vocab_size=10)
+    sets = [([], []), (["a", "b"], [[1, 9], [3]])]
+    train.check_token_ids(sets, config)
+    with pytest.raises(ValueError, match="writes token 10, but the model has only 10"):
+        train.check_token_ids([*sets, (["c"], [[2, 10, 4]])], config)
 
 
 def test_a_run_may_have_spaces_in_its_name(tmp_path):
