@@ -1249,8 +1249,6 @@ def main(words=None):
     args = parser.parse_args(words)
     if not args.cpu and not torch.cuda.is_available():
         parser.error("there is no GPU here; --cpu runs the same checks at small size")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     checks = [check for check in CHECKS if not args.only or check.__name__ in args.only]
     with tempfile.TemporaryDirectory() as folder, cpu_only() if args.cpu else nullcontext():
         lab = Lab(folder, on_gpu=not args.cpu)
@@ -1265,4 +1263,6 @@ def main(words=None):
 
 
 if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     sys.exit(main())
