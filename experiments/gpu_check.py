@@ -204,7 +204,7 @@ class Lab:
     def product_rate(self):
         """FLOP/s of a large bfloat16 product."""
         n = self.size(8192, 512)
-        a = torch.ones(n, n, dtype=torch.bfloat16, device=self.device)
+        a = torch.randn(n, n, device=self.device).bfloat16()  # ones would draw less power
         return 2 * n**3 / self.seconds(functools.partial(torch.mm, a, a), rounds=5)
 
 
@@ -605,13 +605,16 @@ def ddp_is_fsdp(lab):
         batch = made_up_batch(lab, range(14, 46), 10, len(tiny.VOCAB))
         trainer.updates(batch, trainer.score(batch))
         found[parallel] = trainer.weights()
-    largest = largest_difference(found["ddp"], found["fsdp"])
-    yield at_most("largest difference of a weight", largest, 1e-6)
-    yield at_least("largest change of a weight", largest_difference(found["ddp"], start), 1e-4)
+    change = distance(found["ddp"], start)
+    yield figure("how far they move, Euclidean", f"{change:.2g}")
+    # AdamW makes a full step of a gradient that is all rounding, so single weights may differ.
+    share = distance(found["ddp"], found["fsdp"]) / change
+    yield at_most("how far apart they end, of that", share, 1e-3)
 
 
-def largest_difference(weights, others):
-    return max(float((weights[name] - others[name]).abs().max()) for name in weights)
+def distance(weights, others):
+    squares = [(weights[name] - others[name]).double().square().sum() for name in weights]
+    return float(sum(squares)) ** 0.5
 
 
 def attention(lab):
@@ -1071,15 +1074,16 @@ def lock_step(lab):
         f" --micro_batch_tokens {budget}"
     )
     trainer = make_trainer(lab, path, words)
+    count = lab.size(32, 12)
     rng = np.random.default_rng(0)
-    drawn = scale * rng.lognormal(0.0, 0.5, (8, 32)) * 1.13
+    drawn = scale * rng.lognormal(0.0, 0.5, (8, count))
     lengths = np.clip(drawn, 16, largest).astype(int).tolist()
-    needed = max(len(micro_batches(of_rank, range(32), budget)) for of_rank in lengths)
+    needed = max(len(micro_batches(of_rank, range(count), budget)) for of_rank in lengths)
     seconds = np.zeros((8, needed))
     tokens = np.zeros((8, needed))
     for rank, of_rank in enumerate(lengths):
         batch = made_up_batch(lab, of_rank, 8, shape.vocab)
-        for i, rows in enumerate(micro_batches(of_rank, range(32), budget, needed)):
+        for i, rows in enumerate(micro_batches(of_rank, range(count), budget, needed)):
 
             def work():
                 found = response_statistics(trainer.ddp_policy, batch, rows, ["log_probs"])
