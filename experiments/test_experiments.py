@@ -970,6 +970,15 @@ def test_a_check_that_fails_is_a_row_and_hides_no_other(monkeypatch, tmp_path, c
     assert checks["lacking"][0]["what"] == "not run: the 1 minutes are over"
 
 
+def test_the_gpu_check_page_says_what_the_committed_numbers_say():
+    data = json.loads((RESULTS / "gpu_cpu.json").read_text())
+    assert (RESULTS / "gpu_cpu.md").read_text() == gpu_check.page(data)
+    assert [check["name"] for check in data["checks"]] == [
+        check.__name__ for check in gpu_check.CHECKS
+    ]
+    assert not any(row["ok"] is False for check in data["checks"] for row in check["rows"])
+
+
 def test_gpu_check_without_a_gpu_says_what_to_do(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", bool)
     with pytest.raises(SystemExit):
