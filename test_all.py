@@ -3987,6 +3987,7 @@ def planned(total=80e9, ranks=1, parameters=1_000_000_000, **settings):
         parallel="fsdp",
         lora_rank=0,
         activation_checkpointing=True,
+        lora_rank=0,
         rollout_gpu_memory=0.0,
         rollout_tp=1,
         prompts_per_step=64,

@@ -24,14 +24,16 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 import diagnose
+import losses
 import memory
+import rollout
 import tiny
 import train
 from data import load_problems
 from diagnose import read_metrics, read_runs, share_made
-from experiments import findings, methods, runs, scaling, stats
+from experiments import findings, gpu_check, methods, runs, scaling, stats
 from losses import METHODS
-from policy import build_policy
+from policy import batch_statistics, build_policy
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -907,3 +909,118 @@ def test_halves_are_split_by_what_the_base_solves(monkeypatch):
     assert sorted(easy + hard, key=problems.index) == problems
     runs.write_halves()  # both are there: nothing is sampled
     assert len(drawn) == 1
+
+
+# ---- gpu_check -----------------------------------------------------------------------------------
+
+
+def gpu_check_rows(folder, *words):
+    """(exit code, {check: its rows}) of gpu_check --cpu."""
+    code = gpu_check.main(["--cpu", "--out", str(folder), *words])
+    found = json.loads((folder / "gpu_cpu.json").read_text())
+    return code, {check["name"]: check["rows"] for check in found["checks"]}
+
+
+@pytest.mark.slow
+def test_gpu_check_runs_without_a_gpu_and_writes_what_it_finds(tmp_path, capsys):
+    words = ("--only", "ddp_is_fsdp", "process_group", "losses")
+    code, checks = gpu_check_rows(tmp_path, *words)
+    assert code == 0
+    assert list(checks) == ["process_group", "losses", "ddp_is_fsdp"]
+    page = (tmp_path / "gpu_cpu.md").read_text()
+    printed = capsys.readouterr().out
+    for rows in checks.values():
+        assert rows
+        for row in rows:
+            assert row["ok"] is not False
+            verdict = "yes" if row["ok"] else ""
+            assert f"{row['what']} | {row['value']} | {row['expected']} | {verdict} |" in page
+            assert f"{row['what']}: {row['value']}" in printed
+
+
+def test_a_check_that_fails_is_a_row_and_hides_no_other(monkeypatch, tmp_path, capsys):
+    def broken(lab):
+        yield gpu_check.at_most("seven", 7, 5)
+        raise TypeError("first line\nlast line")
+
+    def lacking(lab):
+        raise gpu_check.NotRun("something is not installed")
+        yield
+
+    def fine(lab):
+        yield gpu_check.holds("six", True)
+
+    monkeypatch.setattr(gpu_check, "CHECKS", (broken, lacking, fine))
+    code, checks = gpu_check_rows(tmp_path)
+    assert code == 1
+    seven, failed = checks["broken"]
+    assert seven == {"what": "seven", "value": "7", "expected": "at most 5", "ok": False}
+    assert (failed["value"], failed["ok"]) == ("TypeError: last line", False)
+    [row] = checks["lacking"]
+    assert row["what"] == "not run: something is not installed" and row["ok"] is None
+    assert checks["fine"][0]["ok"] is True
+    assert (
+        "| failed | TypeError: last line | no error | NO |" in (tmp_path / "gpu_cpu.md").read_text()
+    )
+
+    monkeypatch.setattr(gpu_check, "CHECKS", (lacking,))
+    code, _ = gpu_check_rows(tmp_path)
+    assert code == 0  # what is not installed is no failure
+    code, checks = gpu_check_rows(tmp_path, "--minutes", "1")  # none begins in the last minute
+    assert checks["lacking"][0]["what"] == "not run: the 1 minutes are over"
+
+
+def test_the_gpu_check_page_says_what_the_committed_numbers_say():
+    data = json.loads((RESULTS / "gpu_cpu.json").read_text())
+    assert (RESULTS / "gpu_cpu.md").read_text() == gpu_check.page(data)
+    assert [check["name"] for check in data["checks"]] == [
+        check.__name__ for check in gpu_check.CHECKS
+    ]
+    assert not any(row["ok"] is False for check in data["checks"] for row in check["rows"])
+
+
+def test_gpu_check_without_a_gpu_says_what_to_do(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", bool)
+    with pytest.raises(SystemExit):
+        gpu_check.main([])
+    assert "--cpu runs the same checks at small size" in capsys.readouterr().err
+
+
+def wrong_in_float32(log_probs, *args, **kwargs):
+    loss, metrics = losses.grpo(log_probs, *args, **kwargs)
+    return loss * (1.0001 if log_probs.dtype == torch.float32 else 1.0), metrics
+
+
+def scored_in_one_piece(policy, batch, wanted, budget, updates):
+    return batch_statistics(policy, batch, wanted, 10**6, 1)
+
+
+def rounded_product(head, hidden):
+    return torch.nn.functional.linear(hidden, head.weight)
+
+
+def no_push(self, named_tensors):
+    list(named_tensors)  # as a push that is lost
+
+
+# {check: what of which module, class or dict is replaced by what}
+FAULTS = {
+    "losses": (METHODS, "grpo", wrong_in_float32),
+    "first_ratio": (gpu_check, "batch_statistics", scored_in_one_piece),
+    "float32_logits_matter": (gpu_check, "float32_logits", rounded_product),
+    "mismatch": (rollout.TorchEngine, "push_weights", no_push),
+    "push_speed": (rollout.TorchEngine, "push_weights", no_push),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
+def test_gpu_check_finds_a_fault(name, monkeypatch, tmp_path):
+    target, attribute, fault = FAULTS[name]
+    if isinstance(target, dict):
+        monkeypatch.setitem(target, attribute, fault)
+    else:
+        monkeypatch.setattr(target, attribute, fault)
+    code, checks = gpu_check_rows(tmp_path, "--only", name)
+    assert code == 1
+    assert any(row["ok"] is False for row in checks[name])
