@@ -311,7 +311,7 @@ def max_over_ranks(value):
 # ---- micro-batches -------------------------------------------------------------------------------
 
 
-def micro_batches(lengths, rows, budget, at_least=1):
+def micro_batches(lengths, rows, budget, at_least=0):
     """Lists of rows of similar lengths, each of at most `budget` padded tokens or of one row.
 
     lengths: tokens of each row of the batch; rows: indices into it; at_least: so many lists come

@@ -669,7 +669,8 @@ def deal_over_ranks(answers, advantages, learned, updates):
     for start in range(0, B, B // updates):
         of_update = [row for rows in of_ranks for row in rows[start : start + B // updates]]
         of_update.sort(key=itemgetter(0, 1), reverse=True)
-        dealt += of_update[rank :: 2 * world] + of_update[2 * world - 1 - rank :: 2 * world]
+        turns = (rank, 2 * world - 1 - rank)
+        dealt += [row for i, row in enumerate(of_update) if i % (2 * world) in turns]
     _, _, place, advantages, answers = zip(*dealt)
     return answers, torch.tensor(advantages), torch.tensor(place)
 
