@@ -5595,6 +5595,153 @@ def test_two_ranks_equal_one_and_fsdp_equals_ddp(toy, tmp_path):
     assert read_metrics(tmp_path / "fsdp")[-1]["step"] == 3
 
 
+@pytest.mark.parametrize("method", ["grpo", "gspo"])
+def test_a_step_without_any_gradient(method, toy, tmp_path):
+    """No answer is right, so all advantages are 0: an update runs one answer, for AdamW's step."""
+    (tmp_path / "never.jsonl").write_text(countdown_row("7", [13, 13], 7) * 8)
+    args = ("--method", method, "--data", f"{tmp_path}/never.jsonl", "--eval_data none --steps 1")
+    (row,) = toy_run(toy, tmp_path, "never", *args)
+    assert row["reward/mean"] == 0 and row["time/left_out_frac"] == 1 - 2 / 32
+    assert row["train/loss"] == row["train/grad_norm"] == row["policy/kl_to_rollout"] == 0
+    assert row["train/skipped"] == 0 and row["entropy/change_measured"] == 0
+
+
+# What every rank runs: an update on its half of 24 answers, of which the named ones have
+# advantage 0. A list of (update's metrics, its whole gradient) goes to a file.
+TWO_RANKS = """
+import sys, types
+import torch, torch.distributed as dist
+import losses, policy, test_all, train
+
+class Kept:
+    def step(self):
+        self.grads = {n: policy.whole_tensor(p.grad) for n, p in scorer.named_parameters()}
+    def zero_grad(self):
+        scorer.zero_grad()
+
+parallel, method, folder = sys.argv[1:]
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+model = test_all.random_model()
+scorer = policy.Policy(model, 1.0).eval()
+if parallel == "fsdp":
+    policy.shard(scorer, policy.decoder_layers(model), torch.device("cpu"), torch.float32)
+cfg = types.SimpleNamespace(
+    parallel=parallel, method=method, tis_cap=0.0, grad_clip=1e9, steps=1, group_size=4
+)
+called = train.wrap_ddp(scorer, cfg)
+found = []
+for name, flat in test_all.FLAT.items():
+    g = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 9, (24,), generator=g).tolist()
+    pairs = [([3, 4], torch.randint(2, 20, (n,), generator=g).tolist()) for n in lengths]
+    advantages = torch.randn(24, generator=g)
+    advantages[list(flat)] = 0.0
+    mine = slice(rank * 24 // world, (rank + 1) * 24 // world)
+    batch = test_all.batch_of(pairs[mine])
+    batch["advantages"] = advantages[mine, None] * batch["response_mask"]
+    batch["loss_mask"] = batch["response_mask"]
+    batch["learned"] = advantages[mine] != 0 if world == 2 else torch.ones(24, dtype=torch.bool)
+    split = policy.split_batch(batch, 20 if world == 2 else 1000, 1)
+    old = policy.batch_statistics(called, batch, ["log_probs"], split.all_micro_batches())
+    tensors = {"advantages": batch["advantages"], "old_log_probs": old["log_probs"]}
+    kept = Kept()
+    metrics = train.update(
+        called, kept, batch, tensors, split.rows[0], split.micro_batches[0], {}, cfg
+    )
+    seen = torch.tensor([len(split.micro_batches[0]), sum(map(len, split.micro_batches[0]))])
+    everyone = [torch.zeros_like(seen) for _ in range(world)]
+    dist.all_gather(everyone, seen)
+    found.append((metrics, kept.grads, torch.stack(everyone).tolist()))
+if rank == 0:
+    torch.save(found, folder)
+dist.destroy_process_group()
+"""
+FLAT = {
+    "unevenly spread": [0, 1, 2, 3, 4, 5, 6, 7, 13],
+    "all of one rank": range(12, 24),
+    "all": range(24),
+    "none": [],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel, method", [("ddp", "grpo"), ("fsdp", "grpo"), ("fsdp", "gspo")])
+def test_two_ranks_that_leave_answers_out_have_the_gradient_of_all(parallel, method, tmp_path):
+    """Against one rank that runs every answer; ratios are exactly 1."""
+    results = []
+    for ranks in (1, 2):
+        file = tmp_path / f"{ranks}.pt"
+        (tmp_path / "update.py").write_text(TWO_RANKS)
+        kind = "ddp" if ranks == 1 else parallel
+        result = subprocess.run(
+            [*launcher(ranks), str(tmp_path / "update.py"), kind, method, str(file)],
+            cwd=HERE,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=environment() | {"PYTHONPATH": str(HERE)},
+        )
+        assert result.returncode == 0, result.stderr
+        results.append(torch.load(file))
+    for name, one, two in zip(FLAT, *results):
+        (metrics, gradient, _), (metrics_of_two, gradient_of_two, run) = one, two
+        assert metrics_of_two["policy/kl_to_rollout"] == 0
+        assert metrics_of_two["train/loss"] == pytest.approx(metrics["train/loss"], abs=1e-6)
+        for key, expected in gradient.items():
+            assert torch.allclose(gradient_of_two[key], expected, rtol=1e-5, atol=1e-6), (name, key)
+        (lists, rows), (other_lists, other_rows) = run
+        assert lists == other_lists > 0
+        # No rank runs more than what teaches, but for fillers.
+        teaching = [12 - sum(row // 12 == rank for row in FLAT[name]) for rank in (0, 1)]
+        assert [rows, other_rows] == [max(n, lists) for n in teaching]
+        assert (metrics["train/grad_norm"] == 0) == (name == "all")
+
+
+def test_dealing_over_ranks(monkeypatch):
+    """Two updates of two ranks: the longest first in a snake, those of advantage 0 last. An
+    update's answers stay in it, and each comes out once, with its place and its advantage."""
+    g = random.Random(0)
+    ranks = []
+    for rank in range(2):
+        answers = []
+        for i in range(8):
+            response = [g.randrange(2, 20) for _ in range(g.randrange(1, 40))]
+            log_probs = [-g.random() for _ in response]
+            answer = dict(prompt=[3, 4], response=response, log_probs=log_probs, text="not sent")
+            answers.append(answer | dict(reward=float(i % 2), group_accuracy=0.5))
+        ranks.append(answers)
+    advantages = [torch.tensor([0.5, -0.5, 0, 0, 1, -1, 0, 0.25]), torch.tensor([0.0] * 6 + [1, 2])]
+    learned = [A != 0 for A in advantages]
+    sent = {}
+
+    def all_gather_object(of_ranks, mine):
+        sent[rank] = mine
+        if len(sent) < 2:
+            raise BlockingIOError("the other rank is not here yet")
+        of_ranks[:] = sent[0], sent[1]
+
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(dist, "all_gather_object", all_gather_object)
+    hands = dealt(ranks, 2, lambda rank, i: bool(learned[rank][i]))
+    rank = 0
+    with pytest.raises(BlockingIOError):
+        rollout.deal_over_ranks(ranks[0], advantages[0], learned[0], 2)
+    for rank in (1, 0):
+        got, A, place = rollout.deal_over_ranks(ranks[rank], advantages[rank], learned[rank], 2)
+        assert [divmod(i, 8) for i in place.tolist()] == hands[rank]
+        for answer, value, (of_rank, i) in zip(got, A.tolist(), hands[rank]):
+            assert value == advantages[of_rank][i]
+            assert answer["response"].tolist() == ranks[of_rank][i]["response"]
+            expected = torch.tensor(ranks[of_rank][i]["log_probs"])
+            assert torch.equal(torch.as_tensor(answer["log_probs"]), expected)
+        as_lists = rollout.collate([ranks[r][i] for r, i in hands[rank]], A, "cpu")
+        as_arrays = rollout.collate(got, A, "cpu")
+        assert all(torch.equal(as_arrays[name], as_lists[name]) for name in as_lists)
+    assert sorted(hands[0] + hands[1]) == [(r, i) for r in range(2) for i in range(8)]
+
+
 @pytest.mark.slow
 def test_steps_0_evaluates_a_folder(toy, tmp_path, capsys):
     """Two sets, one of three rows that are one problem without a right answer; one rank and two."""

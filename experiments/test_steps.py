@@ -600,8 +600,10 @@ def step_args(method, knobs, *more):
 @pytest.mark.parametrize("method", STEP_KNOBS)
 def test_a_step_recomputed_from_what_the_run_wrote(method, toy, tmp_path):
     knobs = STEP_KNOBS[method]
-    toy_run(toy, tmp_path, "run", *step_args(method, knobs))
-    seen = check_step(tmp_path / "run", method, knobs)
+    # With seed 0 cispo has gradients that are rounding alone, and AdamW makes steps of them.
+    seed = 1 if method == "cispo" else 0
+    toy_run(toy, tmp_path, "run", *step_args(method, knobs, f"--seed {seed}"))
+    seen = check_step(tmp_path / "run", method, knobs, seed=seed)
     for name in ("policy/clip_frac", "policy/selected_frac"):
         assert 0 < seen.row.get(name, 0.5) < 0.95, name  # the method acts
     assert all(seen.kept) == (method not in ("clip_b", "clip_v"))
