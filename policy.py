@@ -341,14 +341,23 @@ def agree_on_micro_batches(lengths, rows, budget, spare=(), fewest=0):
     most = max_over_ranks(max(fewest, len(micro_batches(lengths, rows, budget))))
     missing = max(0, most - len(rows))
     rows = [*rows, *sorted(spare, key=lambda row: lengths[row])[:missing]]
+    budget = smallest_budget(lengths, rows, budget, most)
+    return by_longest_row(lengths, micro_batches(lengths, rows, budget, at_least=most))
+
+
+def smallest_budget(lengths, rows, budget, most):
+    """The smallest with which micro_batches needs `most` lists or fewer, as `budget` does."""
     low = 0
-    while low < budget:  # the smallest that gives `most` lists or fewer
+    while low < budget:
         middle = (low + budget) // 2
         if len(micro_batches(lengths, rows, middle)) <= most:
             budget = middle
         else:
             low = middle + 1
-    batches = micro_batches(lengths, rows, budget, at_least=most)
+    return budget
+
+
+def by_longest_row(lengths, batches):
     return sorted(batches, key=lambda batch: max(lengths[row] for row in batch))
 
 

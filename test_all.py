@@ -5615,7 +5615,8 @@ import losses, policy, test_all, train
 
 class Kept:
     def step(self):
-        self.grads = {n: policy.whole_tensor(p.grad) for n, p in scorer.named_parameters()}
+        named = scorer.named_parameters()
+        self.grads = {name: policy.whole_tensor(p.grad).clone() for name, p in named}
     def zero_grad(self):
         scorer.zero_grad()
 
@@ -5655,6 +5656,7 @@ for name, flat in test_all.FLAT.items():
     found.append((metrics, kept.grads, torch.stack(everyone).tolist()))
 if rank == 0:
     torch.save(found, folder)
+del called  # as in train.main
 dist.destroy_process_group()
 """
 FLAT = {
