@@ -154,6 +154,7 @@ def setting(
         parallel="fsdp",
         activation_checkpointing=True,
         rollout_gpu_memory=0.0,
+        lora_rank=0,
         rollout_tp=rollout_tp,
         prompts_per_step=prompts,
         group_size=group,

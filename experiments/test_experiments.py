@@ -31,7 +31,7 @@ from data import load_problems
 from diagnose import read_metrics, read_runs, share_made
 from experiments import findings, methods, runs, scaling, stats
 from losses import METHODS
-from policy import build_policy
+from policy import build_policy, micro_batches, split_batch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
