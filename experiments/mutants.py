@@ -677,8 +677,8 @@ MUTANTS = [
     ),
     (
         "train.py",
-        "ddp_policy, optimizer, batch, tensors, rows, micro_batches, knobs, cfg\n",
-        "ddp_policy, optimizer, batch, tensors, rows, split.micro_batches[0], knobs, cfg\n",
+        "in zip(split.rows, split.micro_batches):",
+        "in zip(split.rows, split.micro_batches[::-1]):",
         "experiments/test_steps.py -k 'recomputed_from and fork'",
     ),
     (

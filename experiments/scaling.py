@@ -5,8 +5,8 @@
     python -m experiments.scaling measure     measured and counted with two gloo ranks; a quarter of
                                               an hour, spoiled by what else runs on the machine
 
-They write results/scaling.md, scaling_imbalance.md and scaling_measured.md. N parameters, R ranks, P prompts, G
-answers each, T response tokens.
+They write results/scaling.md, scaling_imbalance.md and scaling_measured.md. N parameters, R ranks,
+P prompts, G answers each, T response tokens.
 """
 
 import json
@@ -520,9 +520,10 @@ GPU. **Assumed, not measured: {flops:.0%} of the FLOPs, {hbm:.0%} of the memory'
 the links' bandwidth are reached, and communication hides behind compute.** Verification and
 start-up are left out. Imbalance: what score and update take longer than a perfect split without
 padding, as ranks wait for one another in every micro-batch; simulated with train.py's split and
-dealing ([scaling_imbalance.md](scaling_imbalance.md)) on lognormal lengths (spread {answer} around a prompt's, which spread by {prompt}). From 32 to 64
-GPUs P doubles: tokens per second do nearly, seconds do not fall. 7B on 32 GPUs would sample no
-faster with more engines: the longest answer bounds it.
+dealing, no prompt flat ([scaling_imbalance.md](scaling_imbalance.md)), on lognormal lengths (spread
+{answer} around a prompt's, which spread by {prompt}). From 32 to 64 GPUs P doubles: tokens per
+second do nearly, seconds do not fall. 7B on 32 GPUs would sample no faster with more engines: the
+longest answer bounds it.
 
 {seconds}
 
