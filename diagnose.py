@@ -161,8 +161,8 @@ METRICS = {
     "entropy/change_measured": (
         "nats per token",
         "The entropy after the step's updates minus that before: the mean over the tokens of "
-        "each group's first answer, by a further forward on these, so of contexts that were "
-        "learned from, not of new ones.",
+        "each group's first answer, by a further forward on these, so of contexts of the batch "
+        "that was learned from, not of new ones.",
     ),
     "entropy/change_predicted": (
         "nats per token, up to the step size",
@@ -204,14 +204,15 @@ METRICS = {
     "policy/clip_frac": (
         "fraction",
         "The share of the tokens whose gradient the ratio clip removed; with ce_gppo and "
-        "cispo, of those whose ratio was bounded.",
+        "cispo, of those whose ratio was bounded. A token of advantage 0 has none to remove.",
     ),
     "policy/selected_frac": ("fraction", "The share of the tokens that the method chose."),
     "policy/weight_mean": ("weight", "The mean weight that the method gives to a token."),
     "policy/kl_to_rollout": (
         "nats per token",
         "KL(pi_old || pi) by the k3 estimate, pi_old being the policy that sampled: the mean "
-        "over the updates.",
+        "over the updates and, in each, over the tokens that it learns from. These leave out "
+        "answers of advantage 0 where the method takes nothing from them.",
     ),
     "policy/kl_to_ref": (
         "nats per token",
@@ -327,13 +328,18 @@ METRICS = {
     ),
     "time/padding_frac": (
         "fraction",
-        "The share of padding in the micro-batches, whose rows are padded to the longest.",
+        "The share of padding in the updates' micro-batches, whose rows are padded to the longest.",
+    ),
+    "time/left_out_frac": (
+        "fraction",
+        "The share of the answers that no update runs: they have advantage 0, and the method takes "
+        "nothing from these. They still count in the loss's denominator.",
     ),
     "time/imbalance": (
         "ratio",
-        "The padded tokens of the rank that has most, summed over micro-batches, by the mean over "
-        "ranks: what score and update take longer than if all ranks had as many in each. 1 with "
-        "one rank.",
+        "The padded tokens of the rank that has most, summed over the updates' micro-batches, by "
+        "the mean over ranks: what an update takes longer than if all ranks had as many in each. 1 "
+        "with one rank.",
     ),
     "memory/STAGE_gib": (
         "GiB",

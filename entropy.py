@@ -280,12 +280,14 @@ def entropy_metrics(
     group_accuracy,
     group_size,
     sum_over_ranks=this_rank_only,
+    place=None,
 ):
     """What the tokens of a rollout batch say about the entropy, {metric: float} over all ranks.
 
     old: {name: (B, T)} with NEEDED_STATISTICS, of the policy that sampled and of this rank's
     answers; advantages, response_mask, group_accuracy (B, T). sum_over_ranks(x) sums a tensor over
-    ranks. Only the token covariance is taken per rank and then averaged.
+    ranks. place: see group_covariance. Only the token covariance is taken per rank and then
+    averaged.
     """
     mask = response_mask
     log_probs = old["log_probs"]
@@ -331,7 +333,7 @@ def entropy_metrics(
         share = sums[f"{name}_change"] / sums["abs_change"] if sums["abs_change"] else 0.0
         metrics[f"quadrant/{name}_dH_share"] = share
     return metrics | group_covariance(
-        log_probs, advantages, mask, group_accuracy, group_size, sum_over_ranks
+        log_probs, advantages, mask, group_accuracy, group_size, sum_over_ranks, place
     )
 
 
@@ -342,9 +344,13 @@ def group_covariance(
     group_accuracy,
     group_size,
     sum_over_ranks=this_rank_only,
+    place=None,
 ):
     """Covariance of confidence and advantage among the answers to one prompt, {metric: float} over
-    all ranks. All tensors (P*G, T), prompt-major; log_probs of the policy that sampled.
+    all ranks. All tensors (B, T); log_probs of the policy that sampled.
+
+    place (B,): of each answer of this rank among the P*G of the step, in which the G answers to a
+    prompt stand side by side; None: these are all, in that order.
 
         cov_q = 1/G sum_i (l_i - mean l)(A_i - mean A)
         l_i   = mean over the answer's tokens of log pi(y_t), in nats
@@ -356,13 +362,19 @@ def group_covariance(
     """
     log_prob_sums = torch.where(response_mask, log_probs, 0.0).double().sum(1)
     lengths = response_mask.sum(1).clamp(min=1)
-    confidence = (log_prob_sums / lengths).view(-1, group_size)
-    advantage = advantages[:, 0].double().view(-1, group_size)
+    of_answers = [log_prob_sums / lengths, advantages[:, 0], group_accuracy[:, 0]]
+    facts = torch.stack([values.double() for values in of_answers])  # (3, B)
+    if place is not None:  # a group may be spread over ranks, so each gets the facts of all
+        total = int(sum_over_ranks(torch.tensor(len(place), device=place.device)))
+        mine = torch.zeros(3, total, dtype=torch.float64, device=place.device)
+        mine[:, place] = facts
+        facts = sum_over_ranks(mine)
+    confidence, advantage, accuracy = facts.view(3, -1, group_size)
     centred_confidence = confidence - confidence.mean(1, keepdim=True)
     centred_advantage = advantage - advantage.mean(1, keepdim=True)
     cov = (centred_confidence * centred_advantage).mean(1)
 
-    accuracy = group_accuracy[::group_size, 0]
+    accuracy = accuracy[:, 0]
     least = 1e-6
     third = 1 / 3 + 1e-6  # in float32, 1/3 is above 1/3
     buckets = {
@@ -371,15 +383,8 @@ def group_covariance(
         "mid": (accuracy > third) & (accuracy < 1 - third),
         "easy": (accuracy >= 1 - third) & (accuracy < 1 - least),
     }
-    sums = {}
-    for name, prompts in buckets.items():
-        sums[f"{name}_cov"] = cov[prompts].sum()
-        sums[f"{name}_prompts"] = prompts.sum()
-    sums = sums_by_name(sums, sum_over_ranks)
-
     metrics = {}
-    for name in buckets:
-        prompts = sums[f"{name}_prompts"]
-        if prompts:
-            metrics[f"policy/group_cov_{name}"] = sums[f"{name}_cov"] / prompts
+    for name, prompts in buckets.items():
+        if prompts.any():
+            metrics[f"policy/group_cov_{name}"] = float(cov[prompts].mean())
     return metrics

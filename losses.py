@@ -1003,7 +1003,7 @@ def cispo(
     bounded = weight.clamp(1.0 - clip_low, 1.0 + clip_high)
     log_probs = torch.where(response_mask.bool(), log_probs, 0.0)
     loss = token_mean(-bounded * advantages * log_probs, response_mask, num_tokens)
-    clipped = bounded != weight
+    clipped = (bounded != weight) & (advantages != 0)
     metrics = {
         "policy/clip_frac": token_mean(clipped.float(), response_mask, num_tokens),
     }
@@ -1373,6 +1373,27 @@ CONTROLLERS = {
 MASKS = {
     "clip_b": clip_b_mask,
     "clip_v": clip_v_mask,
+}
+
+# Methods whose loss and gradient are exactly 0 on an answer whose advantages are all 0, and which
+# learn the same from the others whether or not it is there: train.py leaves such answers out of the
+# updates. They still count in num_tokens and num_sequences. The other methods have a term of their
+# own on every token, or they choose among, or draw for, all tokens of a call; a method in no list
+# runs them all.
+NOTHING_AT_ZERO_ADVANTAGE = {
+    "grpo",
+    "clip_higher",
+    "par",
+    "quadrant",
+    "entropy_advantage",
+    "entropic",
+    "aepo",
+    "flex_clip",
+    "ce_gppo",
+    "cispo",
+    "gspo",
+    "clip_b",
+    "clip_v",
 }
 
 # Methods that are not themselves with one update per rollout: train.py warns.

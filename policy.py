@@ -6,8 +6,8 @@ response, V tokens in the vocabulary. A batch is what rollout.collate returns.
 """
 
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -324,15 +324,15 @@ def max_over_ranks(value):
 # ---- micro-batches -------------------------------------------------------------------------------
 
 
-def micro_batches(lengths, rows, budget, at_least=1):
+def micro_batches(lengths, rows, budget, at_least=0):
     """Lists of rows of similar lengths, each of at most `budget` padded tokens or of one row.
 
     lengths: tokens of each row of the batch; rows: indices into it; at_least: so many lists come
     out, by halving the longest (there must be as many rows)."""
-    batches = [[]]
+    batches = []
     for row in sorted(rows, key=lambda row: lengths[row]):
-        padded = (len(batches[-1]) + 1) * lengths[row]  # rows come shortest first
-        if batches[-1] and padded > budget:
+        # rows come shortest first
+        if not batches or (len(batches[-1]) + 1) * lengths[row] > budget:
             batches.append([])
         batches[-1].append(row)
     while len(batches) < at_least:
@@ -343,32 +343,87 @@ def micro_batches(lengths, rows, budget, at_least=1):
     return batches
 
 
-def agree_on_micro_batches(lengths, rows, budget):
-    """micro_batches, as many on every rank. A collective.
+def agree_on_micro_batches(lengths, rows, budget, spare=(), fewest=0):
+    """micro_batches, as many on every rank, `fewest` at least, as even as they get and the shortest
+    rows first. A collective.
 
     FSDP2 gathers the weights from all ranks in every forward, and a rank with one forward less
-    would leave the others waiting. Every rank has as many rows, so there always is a list to
-    halve."""
-    at_least = max_over_ranks(len(micro_batches(lengths, rows, budget)))
-    return micro_batches(lengths, rows, budget, at_least)
+    would leave the others waiting. So a rank with fewer rows than lists takes the shortest `spare`
+    rows in addition; rows and spare together are enough where all ranks have as many. Ranks also
+    wait for the slowest in each micro-batch: like should run beside like."""
+    most = max_over_ranks(max(fewest, len(micro_batches(lengths, rows, budget))))
+    missing = max(0, most - len(rows))
+    rows = [*rows, *sorted(spare, key=lambda row: lengths[row])[:missing]]
+    budget = smallest_budget(lengths, rows, budget, most)
+    return by_longest_row(lengths, micro_batches(lengths, rows, budget, at_least=most))
 
 
-def padding_metrics(lengths, budget, updates):
-    """What padding and waiting cost in the passes over a batch, which is split as in
-    batch_statistics and in the updates: {metric: float} over all ranks. A collective.
+def smallest_budget(lengths, rows, budget, most):
+    """The smallest with which micro_batches needs `most` lists or fewer, as `budget` does."""
+    low = 0
+    while low < budget:
+        middle = (low + budget) // 2
+        if len(micro_batches(lengths, rows, middle)) <= most:
+            budget = middle
+        else:
+            low = middle + 1
+    return budget
+
+
+def by_longest_row(lengths, batches):
+    return sorted(batches, key=lambda batch: max(lengths[row] for row in batch))
+
+
+@dataclass
+class Split:
+    """How the rows of this rank's batch run: one entry per update in the first two."""
+
+    rows: list  # all rows of each update: they count in its denominators
+    micro_batches: list  # the lists of rows that each update runs, as many on every rank
+    left_out: list  # lists of rows that no update runs
+
+    def all_micro_batches(self):
+        """Every row. A filler stands in two lists, and its second one is that of its update."""
+        return self.left_out + [rows for update in self.micro_batches for rows in update]
+
+
+def split_batch(batch, budget, updates):
+    """The Split of a batch into micro-batches of at most `budget` padded tokens. A collective.
+
+    Where the method takes nothing from a row (batch["learned"]), an update leaves it out, but for
+    fillers where ranks have unlike numbers of others, and for one if no rank has any other."""
+    lengths = batch["lengths"].tolist()
+    learned = batch["learned"].tolist()
+    share = len(lengths) // updates
+    rows = [list(range(start, start + share)) for start in range(0, len(lengths), share)]
+    split = Split(rows, [], [])
+    for of_update in rows:
+        to_run = [row for row in of_update if learned[row]]
+        spare = [row for row in of_update if not learned[row]]
+        lists = agree_on_micro_batches(lengths, to_run, budget, spare, fewest=1)
+        split.micro_batches.append(lists)
+    run = {row for lists in split.micro_batches for rows in lists for row in rows}
+    others = [row for row in range(len(lengths)) if row not in run]
+    split.left_out = agree_on_micro_batches(lengths, others, budget, spare=run)
+    return split
+
+
+def padding_metrics(lengths, split):
+    """What padding and waiting cost in the updates, and how many answers they leave out: {metric:
+    float} over all ranks. A collective.
 
     lengths: tokens of each row. The imbalance is that of ranks in lock-step, as under FSDP2: in
     every micro-batch all wait for the rank of most padded tokens. DDP waits once per update."""
-    padded = []
-    for rows_of_update in np.array_split(range(len(lengths)), updates):
-        for rows in agree_on_micro_batches(lengths, rows_of_update.tolist(), budget):
-            padded.append(len(rows) * max(lengths[row] for row in rows))
+    lists = [rows for update in split.micro_batches for rows in update]
+    padded = [len(rows) * max(lengths[row] for row in rows) for rows in lists]
     padded = torch.tensor(padded, dtype=torch.float64)  # as many on every rank
     slowest = padded.clone()
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
     in_all = sum_over_ranks(padded).sum()
-    tokens = sum_over_ranks(torch.tensor(sum(lengths)))
+    run = [lengths[row] for rows in lists for row in rows]
+    tokens, answers_run, answers = sum_over_ranks(torch.tensor([sum(run), len(run), len(lengths)]))
     return {
+        "time/left_out_frac": float(1 - answers_run / answers),
         "time/padding_frac": float(1 - tokens / in_all),
         "time/imbalance": float(slowest.sum() * dist.get_world_size() / in_all),
     }
@@ -388,38 +443,37 @@ def response_statistics(policy, batch, rows, wanted):
 
 
 @torch.no_grad()
-def batch_statistics(policy, batch, wanted, budget, updates):
-    """The wanted entropy.STATISTICS of the whole batch, {name: (B, T)}, without gradient, in
-    micro-batches of at most `budget` padded tokens.
+def batch_statistics(policy, batch, wanted, micro_batches):
+    """The wanted entropy.STATISTICS of the whole batch, {name: (B, T)}, without gradient.
 
-    It is split as the `updates` of the batch will be: the same rows in one forward give the same
-    rounding, so that the first update sees a ratio of exactly 1. With another split KL-Cov's
+    micro_batches: of Split. They are those of the updates: the same rows in one forward give the
+    same rounding, so that the first update sees a ratio of exactly 1. With another split KL-Cov's
     sign(log r) would act on rounding errors."""
     shape = batch["response_mask"].shape
     found = {name: torch.zeros(shape, device=batch["ids"].device) for name in wanted}
-    lengths = batch["lengths"].tolist()
-    for rows_of_update in np.array_split(np.arange(len(lengths)), updates):
-        for rows in agree_on_micro_batches(lengths, rows_of_update.tolist(), budget):
-            for name, values in response_statistics(policy, batch, rows, wanted).items():
-                found[name][rows, : values.shape[1]] = values
+    for rows in micro_batches:
+        for name, values in response_statistics(policy, batch, rows, wanted).items():
+            found[name][rows, : values.shape[1]] = values
     return found
 
 
 @torch.no_grad()
 def entropy_after(policy, batch, old, cfg):
-    """What the updates did to the entropy on the contexts that they learned from: the mean of
-    H after - H before, in nats per token over all ranks, before being old["token_entropy"] (B, T).
+    """What the updates did to the entropy on the batch's own contexts: the mean of H after - H
+    before, in nats per token over all ranks, before being old["token_entropy"] (B, T).
 
     It reads each group's first answer only: a forward of 1/G of the batch. These are other
     micro-batches than before the updates, so in bfloat16 the difference holds rounding, too."""
     entropy_before = old["token_entropy"]
     lengths = batch["lengths"].tolist()
-    first_answers = range(0, len(lengths), cfg.group_size)
+    is_first = batch["place"] % cfg.group_size == 0
+    first = is_first.nonzero().flatten().tolist()
+    others = (~is_first).nonzero().flatten().tolist()
     sums = torch.zeros(2, dtype=torch.float64, device=entropy_before.device)
-    for rows in agree_on_micro_batches(lengths, first_answers, cfg.micro_batch_tokens):
+    for rows in agree_on_micro_batches(lengths, first, cfg.micro_batch_tokens, spare=others):
         after = response_statistics(policy, batch, rows, ["token_entropy"])["token_entropy"]
         width = after.shape[1]
-        mask = batch["response_mask"][rows, :width]
+        mask = batch["response_mask"][rows, :width] & is_first[rows, None]
         change = (after - entropy_before[rows, :width])[mask].double()
         sums += torch.stack([change.sum(), mask.sum().double()])
     change, tokens = sum_over_ranks(sums).tolist()

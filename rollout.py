@@ -33,6 +33,7 @@ import socket
 import time
 from collections import Counter
 from contextlib import contextmanager
+from operator import itemgetter
 from statistics import fmean
 
 # OpenMP reads this once, when torch is imported. Threads that spin while they wait make shared
@@ -635,6 +636,45 @@ def mix_second_sample(engine, tokenizer, answers, advantages, state, cfg):
 BATCH_EDITS = {"aepo": mix_second_sample}
 
 
+def deal_over_ranks(answers, advantages, learned, updates):
+    """This rank's answers and advantages (B,) for even work on all ranks: each update's, of all
+    ranks, are sorted by length and dealt in a snake, 0 1 2 2 1 0 0 1 ... The ranks wait for one
+    another, so what the slowest has to run is what counts.
+
+    learned (B,) bool: those that the updates run; the others are dealt after them. An update's
+    answers stay those that they were: the u-th part of each rank's. Returns the answers, with what
+    collate reads, their advantages and their place (B,): of each in the list of all answers, rank
+    after rank, where groups stand side by side. A collective; nothing moves if there is one rank.
+    """
+    rank = dist.get_rank()
+    world = dist.get_world_size()
+    B = len(answers)
+    if world == 1:
+        return answers, advantages, torch.arange(B)
+    mine = []
+    for i, answer in enumerate(answers):
+        compact = {
+            "prompt": np.array(answer["prompt"], np.int32),
+            "response": np.array(answer["response"], np.int32),
+            "log_probs": np.array(answer["log_probs"], np.float32),
+            "reward": answer["reward"],
+            "group_accuracy": answer["group_accuracy"],
+        }
+        cost = len(answer["prompt"]) + len(answer["response"])
+        mine.append((bool(learned[i]), cost, rank * B + i, advantages[i].item(), compact))
+    of_ranks = [None] * world
+    dist.all_gather_object(of_ranks, mine)
+
+    dealt = []
+    for start in range(0, B, B // updates):
+        of_update = [row for rows in of_ranks for row in rows[start : start + B // updates]]
+        of_update.sort(key=itemgetter(0, 1), reverse=True)
+        turns = (rank, 2 * world - 1 - rank)
+        dealt += [row for i, row in enumerate(of_update) if i % (2 * world) in turns]
+    _, _, place, advantages, answers = zip(*dealt)
+    return answers, torch.tensor(advantages), torch.tensor(place)
+
+
 def collate(answers, advantages, device):
     """B answers and their advantages (B,) as one batch of tensors, padded on the right.
 
@@ -649,8 +689,10 @@ def collate(answers, advantages, device):
     ids = torch.zeros(len(answers), int(lengths.max()), dtype=torch.long)
     log_probs = torch.zeros(mask.shape)
     for i, answer in enumerate(answers):
-        ids[i, : lengths[i]] = torch.tensor(answer["prompt"] + answer["response"])
-        log_probs[i, : response_lens[i]] = torch.tensor(answer["log_probs"])
+        ids[i, : lengths[i]] = torch.as_tensor(
+            np.concatenate([answer["prompt"], answer["response"]])
+        )
+        log_probs[i, : response_lens[i]] = torch.as_tensor(answer["log_probs"])
     rewards = torch.tensor([answer["reward"] for answer in answers])
     accuracy = torch.tensor([answer["group_accuracy"] for answer in answers])
     batch = {

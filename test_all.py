@@ -8,6 +8,7 @@ Order: losses, task and verifier, entropy, sampling, diagnosis, whole runs, READ
 
 import ast
 import copy
+import functools
 import gzip
 import importlib.util
 import inspect
@@ -659,6 +660,37 @@ def test_micro_batches_add_up(method):
     assert torch.allclose(torch.cat(gradients), gradient, rtol=1e-6)
     for name, value in metrics.items():
         assert torch.allclose(metric_sums[name], value, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_which_methods_take_nothing_from_an_answer_of_advantage_0(method):
+    """Loss, gradient and metrics with and without the four such answers of twelve, of steps that
+    count all."""
+    case = random_case(B=12)
+    some = torch.tensor([0, 1, 2, 5, 6, 8, 9, 11])
+    case.advantages[[3, 4, 7, 10]] = 0.0
+    tensors = extras(method, case)
+    knobs = dict(SWITCHED_ON.get(method, {}))
+    if method == "steer":
+        knobs["mapping"] = "linear"  # of the least |Omega|; "exp" would see the largest only
+    if method in ("kl_cov", "fork_tokens"):
+        knobs |= {"cov_frac": 0.3} if method == "kl_cov" else {"top_frac": 0.4}
+    num_tokens = case.response_mask.sum()
+    loss, gradient, metrics = run(method, case, tensors, **knobs, num_tokens=num_tokens)
+    fewer = Case(*[x[some] for x in case])
+    fewer_tensors = rows_of(tensors, some)
+    found = run(method, fewer, fewer_tensors, **knobs, num_tokens=num_tokens)
+    others = [3, 4, 7, 10]
+    same = (
+        (gradient[others] == 0).all()
+        and torch.allclose(found[0], loss, rtol=1e-12, atol=0)
+        and torch.allclose(found[1], gradient[some], rtol=1e-12, atol=0)
+    )
+    assert same == (method in losses.NOTHING_AT_ZERO_ADVANTAGE)
+    if same:
+        assert gradient[some].abs().max() > 1e-3
+        for name, value in metrics.items():
+            assert torch.allclose(found[2][name].double(), value.double(), rtol=1e-6), name
 
 
 @pytest.mark.parametrize("method", DRAWS_NOTHING)
@@ -3645,6 +3677,22 @@ def test_group_covariance_by_hand():
     middle = entropy.group_covariance(log_probs[3:5, :1], half, half != 0, share, 2, one_rank)
     assert middle == pytest.approx({"policy/group_cov_mean": 0.25, "policy/group_cov_mid": 0.25})
 
+    # Rows of two ranks, dealt anyhow: what this rank puts in is added to the other's.
+    columns = [log_probs, A * mask, mask, accuracy * mask]
+    of_ranks = [torch.tensor([8, 0, 5, 3]), torch.tensor([1, 7, 4, 2, 6])]
+    tables = []
+    for place in (of_ranks[0], of_ranks[1], of_ranks[0]):
+
+        def two_ranks(values):
+            if values.dim() == 0:
+                return torch.tensor(9)
+            tables.append(values)
+            return sum(tables[-2:])
+
+        some = [x[place] for x in columns]
+        both = entropy.group_covariance(*some, 3, two_ranks, place)
+    assert both == pytest.approx(expected, abs=1e-7)
+
 
 # ---- the trained model ---------------------------------------------------------------------------
 
@@ -3808,9 +3856,11 @@ def test_entropy_after_is_the_change_on_the_first_answers():
     scorer = policy.Policy(model, 1.0)
     cfg = types.SimpleNamespace(group_size=2, micro_batch_tokens=12)
     batch = batch_of([([3, 4], list(range(5, 5 + n))) for n in (3, 9, 7, 1, 2, 4)])
+    batch["place"] = torch.tensor([4, 1, 2, 7, 0, 5])  # the first of each two are 0, 2 and 4
 
     def entropies():
-        return policy.batch_statistics(scorer, batch, ["token_entropy"], 100, 1)["token_entropy"]
+        rows = [[0, 1, 2], [3, 4, 5]]
+        return policy.batch_statistics(scorer, batch, ["token_entropy"], rows)["token_entropy"]
 
     before = entropies()
     with torch.no_grad():
@@ -3832,6 +3882,49 @@ def test_micro_batches_hold_the_budget_and_every_row():
         assert len(batch) * longest <= 128 or len(batch) == 1
     more = policy.micro_batches(lengths, range(8), budget=128, at_least=7)
     assert len(more) == 7 and sorted(row for batch in more for row in batch) == list(range(8))
+    assert policy.micro_batches(lengths, [], budget=128) == []
+
+
+def agreed(monkeypatch, others, lengths, rows, **more):
+    """policy.agree_on_micro_batches beside a rank that needs `others` lists."""
+    monkeypatch.setattr(policy, "max_over_ranks", functools.partial(max, others))
+    return policy.agree_on_micro_batches(lengths, rows, 100, **more)
+
+
+def test_micro_batches_are_even_and_as_many_as_on_other_ranks(monkeypatch):
+    lengths = [10, 40, 30, 20, 50, 60]
+    rows = list(range(6))
+    # 3 x 30, 2 x 50 and 60 tokens: no smaller budget has three lists
+    assert agreed(monkeypatch, 0, lengths, rows) == [[0, 3, 2], [1, 4], [5]]
+    # Another rank has four lists; no smaller budget than 80 has as few here.
+    assert agreed(monkeypatch, 4, lengths, rows) == [[0, 3], [2, 1], [4], [5]]
+    # Three even lists where the budget alone would fill one and leave a rest.
+    assert agreed(monkeypatch, 0, [10] * 11, range(11)) == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
+    # Halved lists stand in the order of their lengths, too.
+    assert agreed(monkeypatch, 3, [7] * 4 + [9], range(5)) == [[0, 1], [2, 3], [4]]
+
+
+def test_a_rank_with_too_few_rows_runs_others_as_well(monkeypatch):
+    lengths = [10, 40, 30, 20]
+    assert agreed(monkeypatch, 3, lengths, [1], spare=[0, 2, 3]) == [[0], [3], [1]]
+    assert agreed(monkeypatch, 0, lengths, [], spare=[1, 2], fewest=1) == [[2]]
+    assert agreed(monkeypatch, 0, lengths, [], spare=[1, 2]) == []
+    assert agreed(monkeypatch, 1, lengths, [], spare=[1, 2]) == [[2]]
+
+
+def test_the_split_of_a_batch(monkeypatch):
+    """The updates run what the method learns from, and one row at least; the rest stands in lists
+    of its own, before them, as a filler's values are those of its update."""
+    monkeypatch.setattr(policy, "max_over_ranks", int)
+    learned = torch.tensor([1, 0, 1, 0, 0, 0, 0, 0, 1, 1, 1, 1]).bool()
+    lengths = torch.tensor([5, 5, 9, 9, 8, 7, 6, 9, 4, 3, 2, 1])
+    split = policy.split_batch({"lengths": lengths, "learned": learned}, budget=18, updates=3)
+    assert split.rows == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert split.micro_batches == [[[0, 2]], [[6]], [[11, 10, 9, 8]]]
+    assert split.left_out == [[1, 5], [4, 3], [7]] or split.left_out == [[1, 5], [4], [3, 7]]
+    assert split.all_micro_batches() == split.left_out + [[0, 2], [6], [11, 10, 9, 8]]
+    everything = {"lengths": lengths, "learned": torch.ones(12, dtype=torch.bool)}
+    assert policy.split_batch(everything, 18, 3).left_out == []
 
 
 def test_sorted_micro_batches_give_the_gradient_of_one_padded_block():
@@ -3985,7 +4078,6 @@ def planned(total=80e9, ranks=1, parameters=1_000_000_000, **settings):
         steps=1,
         engine="vllm",
         parallel="fsdp",
-        lora_rank=0,
         activation_checkpointing=True,
         lora_rank=0,
         rollout_gpu_memory=0.0,
@@ -4141,22 +4233,26 @@ def test_stages_tell_their_memory_on_gpus(monkeypatch):
 
 
 def test_padding_and_imbalance_by_hand(monkeypatch):
-    """This rank has rows of 4, 6 and of 8, 2 tokens in two updates, the other one micro-batches of
-    16 and of 10 padded tokens."""
-    others = [torch.tensor([16.0, 10.0]), torch.tensor([16.0, 10.0]), torch.tensor(20)]
+    """This rank runs rows of 4, 6 and of 8, 2 tokens in two updates and leaves two out, the other
+    one runs micro-batches of 16 and of 10 padded tokens and leaves one of six rows out."""
+    others = [torch.tensor([16.0, 10.0]), torch.tensor([16.0, 10.0])]
+    others.append(torch.tensor([20, 5, 6]))  # tokens, answers run, answers
 
     def all_reduce(tensor, op=dist.ReduceOp.SUM):
-        if tensor.dtype == torch.int64:
-            return  # how many micro-batches: as many on both
         other = others.pop(0)
         tensor.copy_(torch.maximum(tensor, other) if op == dist.ReduceOp.MAX else tensor + other)
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    found = policy.padding_metrics([4, 6, 8, 2], budget=16, updates=2)
+    split = policy.Split([[0, 1, 4], [2, 3, 5]], [[[0, 1]], [[2, 3]]], [[4, 5]])
+    found = policy.padding_metrics([4, 6, 8, 2, 50, 60], split)
     # Here 2 x 6 and 2 x 8 padded tokens of 20; in all 54 of 40. The larger ones are 16 and 16.
     assert found == pytest.approx(
-        {"time/padding_frac": 1 - 40 / 54, "time/imbalance": (16 + 16) / 27}
+        {
+            "time/padding_frac": 1 - 40 / 54,
+            "time/imbalance": (16 + 16) / 27,
+            "time/left_out_frac": 1 - 9 / 12,
+        }
     )
 
 
@@ -5113,6 +5209,28 @@ def recorded(folder, step=1, rank=0):
     return [json.loads(line) for line in lines]
 
 
+def dealt(ranks, updates, is_run):
+    """Which answers of a step each rank learns from, of those that the ranks have recorded: a list
+    of (rank, row) for each rank, update after update. is_run(rank, row): the updates run it."""
+
+    def cost(where):
+        answer = ranks[where[0]][where[1]]
+        return is_run(*where), len(answer["prompt"]) + len(answer["response"])
+
+    hands = [[] for _ in ranks]
+    snake = [*hands, *reversed(hands)]
+    of_rank = len(ranks[0])
+    share = of_rank // updates
+    for start in range(0, of_rank, share):
+        rows = range(start, start + share)
+        cards = [(rank, row) for rank in range(len(ranks)) for row in rows]
+        if len(ranks) > 1:
+            cards.sort(key=cost, reverse=True)
+        for i, card in enumerate(cards):
+            snake[i % len(snake)].append(card)
+    return hands
+
+
 @pytest.fixture
 def no_figures(monkeypatch):
     """To draw the curves takes longer than the rest of such a run."""
@@ -5283,9 +5401,11 @@ def test_two_ranks_equal_one_and_fsdp_equals_ddp(toy, tmp_path):
         two = read_metrics(tmp_path / parallel)
         assert [row.keys() for row in one] == [row.keys() for row in two]
         for a, b in zip(one, two):
+            # The second step's weights differ by what AdamW made of rounding: see below.
+            tolerance = 1e-5 if a["step"] < 2 else 5e-5
             for key in a:
                 if not key.startswith(may_differ):
-                    assert math.isclose(a[key], b[key], rel_tol=1e-5, abs_tol=1e-6), key
+                    assert math.isclose(a[key], b[key], rel_tol=tolerance, abs_tol=1e-6), key
         # AdamW scales gradients that are rounding only (k_proj.bias) to the size of real ones.
         of_two = weights(tmp_path / parallel)
         close = [
@@ -5297,6 +5417,155 @@ def test_two_ranks_equal_one_and_fsdp_equals_ddp(toy, tmp_path):
     result = torchrun(2, args)
     assert result.returncode == 0, result.stderr
     assert read_metrics(tmp_path / "fsdp")[-1]["step"] == 3
+
+
+@pytest.mark.parametrize("method", ["grpo", "gspo"])
+def test_a_step_without_any_gradient(method, toy, tmp_path):
+    """No answer is right, so all advantages are 0: an update runs one answer, for AdamW's step."""
+    (tmp_path / "never.jsonl").write_text(countdown_row("7", [13, 13], 7) * 8)
+    args = ("--method", method, "--data", f"{tmp_path}/never.jsonl", "--eval_data none --steps 1")
+    (row,) = toy_run(toy, tmp_path, "never", *args)
+    assert row["reward/mean"] == 0 and row["time/left_out_frac"] == 1 - 2 / 32
+    assert row["train/loss"] == row["train/grad_norm"] == row["policy/kl_to_rollout"] == 0
+    assert row["train/skipped"] == 0 and row["entropy/change_measured"] == 0
+
+
+# What every rank runs: an update on its half of 24 answers, of which the named ones have
+# advantage 0. A list of (update's metrics, its whole gradient) goes to a file.
+TWO_RANKS = """
+import sys, types
+import torch, torch.distributed as dist
+import losses, policy, test_all, train
+
+class Kept:
+    def step(self):
+        named = scorer.named_parameters()
+        self.grads = {name: policy.whole_tensor(p.grad).clone() for name, p in named}
+    def zero_grad(self):
+        scorer.zero_grad()
+
+parallel, method, folder = sys.argv[1:]
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+model = test_all.random_model()
+scorer = policy.Policy(model, 1.0).eval()
+if parallel == "fsdp":
+    policy.shard(scorer, policy.decoder_layers(model), torch.device("cpu"), torch.float32)
+cfg = types.SimpleNamespace(
+    parallel=parallel, method=method, tis_cap=0.0, grad_clip=1e9, steps=1, group_size=4
+)
+called = train.wrap_ddp(scorer, cfg)
+found = []
+for name, flat in test_all.FLAT.items():
+    g = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 9, (24,), generator=g).tolist()
+    pairs = [([3, 4], torch.randint(2, 20, (n,), generator=g).tolist()) for n in lengths]
+    advantages = torch.randn(24, generator=g)
+    advantages[list(flat)] = 0.0
+    mine = slice(rank * 24 // world, (rank + 1) * 24 // world)
+    batch = test_all.batch_of(pairs[mine])
+    batch["advantages"] = advantages[mine, None] * batch["response_mask"]
+    batch["loss_mask"] = batch["response_mask"]
+    batch["learned"] = advantages[mine] != 0 if world == 2 else torch.ones(24, dtype=torch.bool)
+    split = policy.split_batch(batch, 20 if world == 2 else 1000, 1)
+    old = policy.batch_statistics(called, batch, ["log_probs"], split.all_micro_batches())
+    tensors = {"advantages": batch["advantages"], "old_log_probs": old["log_probs"]}
+    kept = Kept()
+    metrics = train.update(
+        called, kept, batch, tensors, split.rows[0], split.micro_batches[0], {}, cfg
+    )
+    seen = torch.tensor([len(split.micro_batches[0]), sum(map(len, split.micro_batches[0]))])
+    everyone = [torch.zeros_like(seen) for _ in range(world)]
+    dist.all_gather(everyone, seen)
+    found.append((metrics, kept.grads, torch.stack(everyone).tolist()))
+if rank == 0:
+    torch.save(found, folder)
+del called  # as in train.main
+dist.destroy_process_group()
+"""
+FLAT = {
+    "unevenly spread": [0, 1, 2, 3, 4, 5, 6, 7, 13],
+    "all of one rank": range(12, 24),
+    "all": range(24),
+    "none": [],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel, method", [("ddp", "grpo"), ("fsdp", "grpo"), ("fsdp", "gspo")])
+def test_two_ranks_that_leave_answers_out_have_the_gradient_of_all(parallel, method, tmp_path):
+    """Against one rank that runs every answer; ratios are exactly 1."""
+    results = []
+    for ranks in (1, 2):
+        file = tmp_path / f"{ranks}.pt"
+        (tmp_path / "update.py").write_text(TWO_RANKS)
+        kind = "ddp" if ranks == 1 else parallel
+        result = subprocess.run(
+            [*launcher(ranks), str(tmp_path / "update.py"), kind, method, str(file)],
+            cwd=HERE,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=environment() | {"PYTHONPATH": str(HERE)},
+        )
+        assert result.returncode == 0, result.stderr
+        results.append(torch.load(file))
+    for name, one, two in zip(FLAT, *results):
+        (metrics, gradient, _), (metrics_of_two, gradient_of_two, run) = one, two
+        assert metrics_of_two["policy/kl_to_rollout"] == 0
+        assert metrics_of_two["train/loss"] == pytest.approx(metrics["train/loss"], abs=1e-6)
+        for key, expected in gradient.items():
+            assert torch.allclose(gradient_of_two[key], expected, rtol=1e-5, atol=1e-6), (name, key)
+        (lists, rows), (other_lists, other_rows) = run
+        assert lists == other_lists > 0
+        # No rank runs more than what teaches, but for fillers.
+        teaching = [12 - sum(row // 12 == rank for row in FLAT[name]) for rank in (0, 1)]
+        assert [rows, other_rows] == [max(n, lists) for n in teaching]
+        assert (metrics["train/grad_norm"] == 0) == (name == "all")
+
+
+def test_dealing_over_ranks(monkeypatch):
+    """Two updates of two ranks: the longest first in a snake, those of advantage 0 last. An
+    update's answers stay in it, and each comes out once, with its place and its advantage."""
+    g = random.Random(0)
+    ranks = []
+    for rank in range(2):
+        answers = []
+        for i in range(8):
+            response = [g.randrange(2, 20) for _ in range(g.randrange(1, 40))]
+            log_probs = [-g.random() for _ in response]
+            answer = dict(prompt=[3, 4], response=response, log_probs=log_probs, text="not sent")
+            answers.append(answer | dict(reward=float(i % 2), group_accuracy=0.5))
+        ranks.append(answers)
+    advantages = [torch.tensor([0.5, -0.5, 0, 0, 1, -1, 0, 0.25]), torch.tensor([0.0] * 6 + [1, 2])]
+    learned = [A != 0 for A in advantages]
+    sent = {}
+
+    def all_gather_object(of_ranks, mine):
+        sent[rank] = mine
+        if len(sent) < 2:
+            raise BlockingIOError("the other rank is not here yet")
+        of_ranks[:] = sent[0], sent[1]
+
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(dist, "all_gather_object", all_gather_object)
+    hands = dealt(ranks, 2, lambda rank, i: bool(learned[rank][i]))
+    rank = 0
+    with pytest.raises(BlockingIOError):
+        rollout.deal_over_ranks(ranks[0], advantages[0], learned[0], 2)
+    for rank in (1, 0):
+        got, A, place = rollout.deal_over_ranks(ranks[rank], advantages[rank], learned[rank], 2)
+        assert [divmod(i, 8) for i in place.tolist()] == hands[rank]
+        for answer, value, (of_rank, i) in zip(got, A.tolist(), hands[rank]):
+            assert value == advantages[of_rank][i]
+            assert answer["response"].tolist() == ranks[of_rank][i]["response"]
+            expected = torch.tensor(ranks[of_rank][i]["log_probs"])
+            assert torch.equal(torch.as_tensor(answer["log_probs"]), expected)
+        as_lists = rollout.collate([ranks[r][i] for r, i in hands[rank]], A, "cpu")
+        as_arrays = rollout.collate(got, A, "cpu")
+        assert all(torch.equal(as_arrays[name], as_lists[name]) for name in as_lists)
+    assert sorted(hands[0] + hands[1]) == [(r, i) for r in range(2) for i in range(8)]
 
 
 @pytest.mark.slow
@@ -6003,7 +6272,8 @@ def test_the_reference_of_lora_is_the_base(toy, tmp_path, monkeypatch):
     of_base = lora_policy(toy / "model", rank=0)
     (_, first_old, first_ref), (batch, old, ref) = seen
     assert torch.equal(first_old, first_ref)
-    expected = policy.batch_statistics(of_base, batch, ["log_probs"], 16384, 2)["log_probs"]
+    lists = policy.split_batch(batch, 16384, 2).all_micro_batches()
+    expected = policy.batch_statistics(of_base, batch, ["log_probs"], lists)["log_probs"]
     assert torch.equal(ref, expected) and not torch.allclose(old, ref, atol=1e-3)
 
 

@@ -34,7 +34,6 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
@@ -51,6 +50,7 @@ from losses import (
     IDLE_WITH_ONE_UPDATE,
     MASKS,
     METHODS,
+    NOTHING_AT_ZERO_ADVANTAGE,
     group_advantages,
     k3,
     log_ratio,
@@ -60,7 +60,6 @@ from losses import (
 from memory import card_memory, model_size, plan_memory
 from policy import (
     adapters_off,
-    agree_on_micro_batches,
     batch_statistics,
     build_policy,
     check_gradients,
@@ -70,6 +69,7 @@ from policy import (
     max_over_ranks,
     padding_metrics,
     response_statistics,
+    split_batch,
     sum_over_ranks,
 )
 from record import (
@@ -87,6 +87,7 @@ from rollout import (
     answer_metrics,
     check_mismatch,
     collate,
+    deal_over_ranks,
     evaluate,
     make_engine,
     mismatch_metrics,
@@ -500,7 +501,16 @@ KNOB_RANGES = {
     "cold": (0, math.inf),
     "epochs": (0, math.inf),
 }
-NOT_NEGATIVE = {"target_entropy", "target_ratio", "delta", "max_coef", "rate", "most_rows", "mu"}
+NOT_NEGATIVE = {
+    "target_entropy",
+    "target_ratio",
+    "delta",
+    "max_coef",
+    "rate",
+    "most_rows",
+    "mu",
+    "alpha",
+}
 # The first of two knobs may not be larger than the second.
 ORDERED = (("cov_low", "cov_high"), ("narrowest", "widest"), ("min_weight", "max_weight"))
 
@@ -816,6 +826,13 @@ class Stopwatch:
 # ---- parts of a step -----------------------------------------------------------------------------
 
 
+def answers_to_run(advantages, cfg):
+    """Stage 2: the answers that the updates have to run, (B,) bool; advantages (B,)."""
+    if cfg.method in NOTHING_AT_ZERO_ADVANTAGE:
+        return advantages != 0
+    return torch.ones_like(advantages, dtype=torch.bool)
+
+
 def batch_entropy_metrics(batch, old, cfg):
     """Stage 3: what the sampled tokens say about the entropy."""
     return entropy_metrics(
@@ -825,6 +842,7 @@ def batch_entropy_metrics(batch, old, cfg):
         batch["group_accuracy"],
         cfg.group_size,
         sum_over_ranks,
+        batch["place"],
     )
 
 
@@ -846,8 +864,9 @@ def fixed_tensors(batch, old, ref):
     return tensors
 
 
-def update(ddp_policy, optimizer, batch, tensors, rows, knobs, cfg):
-    """Stage 4: one optimizer step on some rows of the batch.
+def update(ddp_policy, optimizer, batch, tensors, rows, micro_batches, knobs, cfg):
+    """Stage 4: one optimizer step on some rows of the batch, of which the micro_batches run those
+    that the method learns from: see policy.split_batch.
 
     tensors: {name: (B, T)}, all that stays fixed during the updates. Returns {metric: float} over
     all ranks, or None if loss or gradient were not finite and the step was not taken.
@@ -855,17 +874,16 @@ def update(ddp_policy, optimizer, batch, tensors, rows, knobs, cfg):
     The loss is a sum / num_tokens with the tokens of all micro-batches and ranks. So the gradient
     does not depend on how they are split, unless the method chooses among the tokens of a call."""
     loss_mask = batch["loss_mask"]
+    learned_mask = loss_mask & batch["learned"][:, None]
     wanted = wanted_tensors(cfg.method)
     wanted_now = ["log_probs"] + [name for name in wanted if name in STATISTICS]
-    counts = torch.stack([loss_mask[rows].sum(), loss_mask[rows].any(1).sum()])
-    num_tokens, num_sequences = sum_over_ranks(counts).float()
+    of_update = [loss_mask[rows].sum(), loss_mask[rows].any(1).sum(), learned_mask[rows].sum()]
+    num_tokens, num_sequences, num_learned = sum_over_ranks(torch.stack(of_update)).float()
 
     sums = {}
-    lengths = batch["lengths"].tolist()
-    micro = agree_on_micro_batches(lengths, rows, cfg.micro_batch_tokens)
-    for i, micro_rows in enumerate(micro):
+    for i, micro_rows in enumerate(micro_batches):
         # DDP exchanges gradients in the last backward only.
-        postpone = cfg.parallel == "ddp" and i + 1 < len(micro)
+        postpone = cfg.parallel == "ddp" and i + 1 < len(micro_batches)
         with ddp_policy.no_sync() if postpone else nullcontext():
             now = response_statistics(ddp_policy, batch, micro_rows, wanted_now)
             log_probs = now["log_probs"]  # (b, t), with gradient
@@ -889,7 +907,9 @@ def update(ddp_policy, optimizer, batch, tensors, rows, knobs, cfg):
             )
             # DDP and FSDP2 average over ranks; the loss is a sum over them.
             (loss * dist.get_world_size()).backward()
-        kl = token_mean(k3(old_log_probs, log_probs.detach(), mask), mask, num_tokens)
+        learned = learned_mask[micro_rows, :width]
+        token_kl = k3(old_log_probs, log_probs.detach(), learned)
+        kl = token_mean(token_kl, learned, num_learned.clamp(min=1))
         metrics = {"train/loss": loss.detach(), "policy/kl_to_rollout": kl, **metrics}
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + value
@@ -995,18 +1015,24 @@ def main(argv=None):
         metrics |= verdict_metrics(verdicts)
         if step == cfg.record_step:
             record_answers(folder / f"step-{step}-rank-{rank}.jsonl", answers)
+        learned = answers_to_run(advantages, cfg)
+        answers, advantages, place = deal_over_ranks(
+            answers, advantages, learned, cfg.updates_per_rollout
+        )
         batch = collate(answers, advantages, device)
+        batch["place"] = place.to(device)
+        batch["learned"] = answers_to_run(advantages, cfg).to(device)
         engine.sleep()
         watch.lap("rollout")
 
         # ---- 3 the same tokens under the trainer's weights
-        budget = cfg.micro_batch_tokens
-        old = batch_statistics(ddp_policy, batch, old_names, budget, cfg.updates_per_rollout)
+        split = split_batch(batch, cfg.micro_batch_tokens, cfg.updates_per_rollout)
+        old = batch_statistics(ddp_policy, batch, old_names, split.all_micro_batches())
         ref = {}
         if reference:
             with adapters_off(reference):
-                ref = batch_statistics(reference, batch, ref_names, budget, cfg.updates_per_rollout)
-        metrics |= padding_metrics(batch["lengths"].tolist(), budget, cfg.updates_per_rollout)
+                ref = batch_statistics(reference, batch, ref_names, split.all_micro_batches())
+        metrics |= padding_metrics(batch["lengths"].tolist(), split)
         metrics |= mismatch_metrics(batch, old["log_probs"])
         if step == first_step:
             with clear_errors():
@@ -1025,10 +1051,10 @@ def main(argv=None):
         tensors = fixed_tensors(batch, old, ref)
         knobs = with_state(loss_knobs, state["controller"])
         updates = []
-        for rows in np.array_split(np.arange(len(answers)), cfg.updates_per_rollout):
+        for rows, micro_batches in zip(split.rows, split.micro_batches):
             warmup = min(1.0, (state["updates"] + 1) / max(1, cfg.warmup_updates))
             optimizer.param_groups[0]["lr"] = cfg.lr * warmup
-            updated = update(ddp_policy, optimizer, batch, tensors, rows.tolist(), knobs, cfg)
+            updated = update(ddp_policy, optimizer, batch, tensors, rows, micro_batches, knobs, cfg)
             updates.append(updated)
             state["updates"] += 1
             failures = failures + 1 if updated is None else 0

@@ -40,7 +40,6 @@ SEEDS = (0, 1, 2)
 TOKENS = 300  # that are stepped alone
 STEPS = ("token", "sgd", "adamw")
 COLUMNS = ("Pearson", "Spearman", "MSE", "right signs")
-ONE_MICRO_BATCH = 10**6  # tokens
 
 
 # ---- measuring -----------------------------------------------------------------------------------
@@ -48,7 +47,7 @@ ONE_MICRO_BATCH = 10**6  # tokens
 
 def batch_and_policy(folder, seed):
     """A rollout batch as train.py samples it, the policy that did, the settings."""
-    flags = f"--seed {seed} --engine torch --name estimates --micro_batch_tokens {ONE_MICRO_BATCH}"
+    flags = f"--seed {seed} --engine torch --name estimates"
     cfg = train.parse(flags.split())
     device = torch.device("cpu")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -70,6 +69,7 @@ def batch_and_policy(folder, seed):
     advantages = group_advantages(rewards, cfg.group_size, cfg.adv_norm)
     batch = collate(answers, advantages, device)
     batch["loss_mask"] = batch["response_mask"]
+    batch["learned"] = torch.ones(len(answers), dtype=torch.bool)
     return batch, policy, cfg
 
 
@@ -102,8 +102,8 @@ def changes_together(policy, batch, old, step, cfg, lr):
         )
     tensors = {"advantages": batch["advantages"], "old_log_probs": old["log_probs"]}
     rows = list(range(len(batch["ids"])))
-    train.update(policy, optimizer, batch, tensors, rows, {}, cfg)
-    after = batch_statistics(policy, batch, ["token_entropy"], ONE_MICRO_BATCH, 1)
+    train.update(policy, optimizer, batch, tensors, rows, [rows], {}, cfg)
+    after = batch_statistics(policy, batch, ["token_entropy"], [rows])
     return after["token_entropy"] - old["token_entropy"]
 
 
@@ -130,7 +130,8 @@ def measure(folder, lr):
     clouds = {}
     for seed in SEEDS:
         batch, policy, cfg = batch_and_policy(folder, seed)
-        old = batch_statistics(policy, batch, NEEDED_STATISTICS, ONE_MICRO_BATCH, 1)
+        all_rows = [list(range(len(batch["ids"])))]
+        old = batch_statistics(policy, batch, NEEDED_STATISTICS, all_rows)
         estimates = change_estimates(
             *[old[name] for name in NEEDED_STATISTICS],
             batch["advantages"],

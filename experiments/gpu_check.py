@@ -61,10 +61,13 @@ from policy import (
     Policy,
     batch_statistics,
     build_policy,
+    by_longest_row,
     full_tensors,
     load_model,
     micro_batches,
     response_statistics,
+    smallest_budget,
+    split_batch,
 )
 from rollout import LARGEST_MISMATCH, collate, make_engine, mismatch_metrics
 
@@ -228,9 +231,12 @@ class Trainer:
     ddp_policy: nn.Module
     optimizer: torch.optim.Optimizer
 
+    def split(self, batch):
+        return split_batch(batch, self.cfg.micro_batch_tokens, self.cfg.updates_per_rollout)
+
     def score(self, batch, names=NEEDED_STATISTICS):
-        budget = self.cfg.micro_batch_tokens
-        return batch_statistics(self.ddp_policy, batch, names, budget, self.cfg.updates_per_rollout)
+        lists = self.split(batch).all_micro_batches()
+        return batch_statistics(self.ddp_policy, batch, names, lists)
 
     def updates(self, batch, old, knobs=None):
         """train.py's stage 4 with --method's loss: metrics of each update."""
@@ -238,9 +244,9 @@ class Trainer:
             knobs = train.parse_knobs(self.cfg.method, [])[0]
         tensors = train.fixed_tensors(batch, old, {"log_probs": old["log_probs"]})
         found = []
-        count = len(batch["lengths"])
-        for rows in np.array_split(np.arange(count), self.cfg.updates_per_rollout):
-            arguments = (self.optimizer, batch, tensors, rows.tolist(), knobs, self.cfg)
+        split = self.split(batch)
+        for rows, lists in zip(split.rows, split.micro_batches):
+            arguments = (self.optimizer, batch, tensors, rows, lists, knobs, self.cfg)
             found.append(train.update(self.ddp_policy, *arguments))
         return found
 
@@ -286,6 +292,7 @@ def batch_of(lab, prompts, responses, log_probs):
     advantages = torch.tensor([2.0 * answer["reward"] - 1.0 for answer in answers])
     batch = collate(answers, advantages, lab.device)
     batch["loss_mask"] = batch["response_mask"]
+    batch["learned"] = torch.ones_like(batch["loss_mask"][:, 0])
     return batch
 
 
@@ -1084,7 +1091,9 @@ def lock_step(lab):
     tokens = np.zeros((8, needed))
     for rank, of_rank in enumerate(lengths):
         batch = made_up_batch(lab, of_rank, 8, shape.vocab)
-        for i, rows in enumerate(micro_batches(of_rank, range(count), budget, needed)):
+        at_most = smallest_budget(of_rank, range(count), budget, needed)
+        lists = micro_batches(of_rank, range(count), at_most, needed)
+        for i, rows in enumerate(by_longest_row(of_rank, lists)):
 
             def work():
                 found = response_statistics(trainer.ddp_policy, batch, rows, ["log_probs"])

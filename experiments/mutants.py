@@ -359,8 +359,8 @@ MUTANTS = [
     ),
     (
         "train.py",
-        "torch.stack([loss_mask[rows].sum(), loss",
-        'torch.stack([batch["response_mask"][rows].sum(), loss',
+        "of_update = [loss_mask[rows].sum(), loss",
+        'of_update = [batch["response_mask"][rows].sum(), loss',
         "experiments/test_steps.py -k 'recomputed_from and clip_b and not ranks'",
     ),
     (
@@ -401,14 +401,14 @@ MUTANTS = [
     ),
     (
         "train.py",
-        "and i + 1 < len(micro)",
+        "and i + 1 < len(micro_batches)",
         "and i > 0",
         "experiments/test_steps.py -k two_ranks_recomputed_from",
     ),
     (
         "train.py",
-        "k3(old_log_probs, log_probs.detach(), mask)",
-        "k3(log_probs.detach(), old_log_probs, mask)",
+        "k3(old_log_probs, log_probs.detach(), learned)",
+        "k3(log_probs.detach(), old_log_probs, learned)",
         "experiments/test_steps.py -k 'recomputed_from and grpo'",
     ),
     (
@@ -419,8 +419,8 @@ MUTANTS = [
     ),
     (
         "train.py",
-        "for i, micro_rows in enumerate(micro):",
-        "for i, micro_rows in enumerate(micro[:1]):",
+        "for i, micro_rows in enumerate(micro_batches):",
+        "for i, micro_rows in enumerate(micro_batches[:1]):",
         "experiments/test_steps.py -k several_micro_batches_recomputed_from",
     ),
     (
@@ -671,14 +671,14 @@ MUTANTS = [
     ),
     (
         "train.py",
-        "np.array_split(np.arange(len(answers)), cfg.updates_per_rollout)",
-        "np.array_split(np.arange(len(answers)), 1)",
+        "split = split_batch(batch, cfg.micro_batch_tokens, cfg.updates_per_rollout)",
+        "split = split_batch(batch, cfg.micro_batch_tokens, 1)",
         "experiments/test_flags.py -k rate_warms_up",
     ),
     (
         "train.py",
-        "update(ddp_policy, optimizer, batch, tensors, rows.tolist(), knobs, cfg)",
-        "update(ddp_policy, optimizer, batch, tensors, list(range(len(rows))), knobs, cfg)",
+        "in zip(split.rows, split.micro_batches):",
+        "in zip(split.rows, split.micro_batches[::-1]):",
         "experiments/test_steps.py -k 'recomputed_from and fork'",
     ),
     (
@@ -1411,8 +1411,8 @@ MUTANTS = [
     ),
     (
         "rollout.py",
-        "ids[i, : lengths[i]] = torch.tensor",
-        "ids[i, -lengths[i] :] = torch.tensor",
+        "ids[i, : lengths[i]] = torch.as_tensor",
+        "ids[i, -lengths[i] :] = torch.as_tensor",
         "experiments/test_rollouts.py -k answers_become",
     ),
     (
@@ -1663,15 +1663,15 @@ MUTANTS = [
         "experiments/test_metrics.py -k 'test_every_measure_of_a_step'",
     ),
     (
-        "policy.py",
-        "np.array_split(np.arange(len(lengths)), updates)",
-        "np.array_split(np.arange(len(lengths)), 1)",
+        "train.py",
+        "old = batch_statistics(ddp_policy, batch, old_names, split.all_micro_batches())",
+        "old = batch_statistics(ddp_policy, batch, old_names, [[i] for i in range(len(answers))])",
         "experiments/test_metrics.py -k 'test_the_split_of_the_batch'",
     ),
     (
         "policy.py",
-        "range(0, len(lengths), cfg.group_size)",
-        "range(len(lengths))",
+        'is_first = batch["place"] % cfg.group_size == 0',
+        'is_first = batch["place"] >= 0',
         "experiments/test_metrics.py -k 'test_every_measure_of_a_step'",
     ),
     (
@@ -1700,20 +1700,14 @@ MUTANTS = [
     ),
     (
         "policy.py",
-        "at_least = max_over_ranks(len(micro_batches(lengths, rows, budget)))",
-        "at_least = -max_over_ranks(-len(micro_batches(lengths, rows, budget)))",
-        "experiments/test_rollouts.py -k two_ranks_drawn_again",
+        "most = max_over_ranks(max(fewest, len(micro_batches(lengths, rows, budget))))",
+        "most = max(fewest, len(micro_batches(lengths, rows, budget)))",
+        "test_all.py -k too_few_rows",
     ),
     (
         "policy.py",
-        "if batches[-1] and padded > budget:",
-        "if batches[-1] and padded >= budget:",
-        "experiments/test_rollouts.py -k micro_batches_by_hand",
-    ),
-    (
-        "policy.py",
-        "if batches[-1] and padded > budget:",
-        "if padded > budget:",
+        "(len(batches[-1]) + 1) * lengths[row] > budget:",
+        "(len(batches[-1]) + 1) * lengths[row] >= budget:",
         "experiments/test_rollouts.py -k micro_batches_by_hand",
     ),
     (
@@ -1724,9 +1718,105 @@ MUTANTS = [
     ),
     (
         "policy.py",
-        "padded = (len(batches[-1]) + 1) * lengths[row]",
-        "padded = len(batches[-1]) * lengths[row]",
+        "(len(batches[-1]) + 1) * lengths[row] > budget:",
+        "len(batches[-1]) * lengths[row] > budget:",
         "experiments/test_rollouts.py -k micro_batches_by_hand",
+    ),
+    (
+        "train.py",
+        "    if cfg.method in NOTHING_AT_ZERO_ADVANTAGE:\n        return advantages != 0\n",
+        "",
+        "test_all.py -k without_any_gradient",
+    ),
+    (
+        "train.py",
+        "num_learned.clamp(min=1)",
+        "num_learned",
+        "test_all.py -k without_any_gradient",
+    ),
+    (
+        "train.py",
+        'learned_mask = loss_mask & batch["learned"][:, None]',
+        "learned_mask = loss_mask",
+        "experiments/test_steps.py -k 'recomputed_from and grpo'",
+    ),
+    (
+        "policy.py",
+        "rows = [*rows, *sorted(spare, key=lambda row: lengths[row])[:missing]]",
+        "rows = [*rows, *list(spare)[:missing]]",
+        "test_all.py -k 'too_few_rows or split_of_a_batch'",
+    ),
+    (
+        "policy.py",
+        "missing = max(0, most - len(rows))",
+        "missing = 0",
+        "test_all.py -k too_few_rows",
+    ),
+    (
+        "policy.py",
+        "budget = smallest_budget(lengths, rows, budget, most)\n",
+        "",
+        "test_all.py -k micro_batches_are_even",
+    ),
+    (
+        "policy.py",
+        "        if len(micro_batches(lengths, rows, middle)) <= most:",
+        "        if len(micro_batches(lengths, rows, middle)) < most:",
+        "test_all.py -k micro_batches_are_even",
+    ),
+    (
+        "policy.py",
+        "return by_longest_row(lengths, micro_batches(lengths, rows, budget, at_least=most))",
+        "return micro_batches(lengths, rows, budget, at_least=most)",
+        "test_all.py -k micro_batches_are_even",
+    ),
+    (
+        "policy.py",
+        "return self.left_out + [rows for update in self.micro_batches for rows in update]",
+        "return [rows for update in self.micro_batches for rows in update] + self.left_out",
+        "test_all.py -k split_of_a_batch",
+    ),
+    (
+        "policy.py",
+        "budget, spare, fewest=1)",
+        "budget, spare)",
+        "test_all.py -k split_of_a_batch",
+    ),
+    (
+        "policy.py",
+        '"time/left_out_frac": float(1 - answers_run / answers)',
+        '"time/left_out_frac": float(answers_run / answers)',
+        "test_all.py -k padding_and_imbalance",
+    ),
+    (
+        "policy.py",
+        " & is_first[rows, None]",
+        "",
+        "experiments/test_metrics.py -k two_ranks",
+    ),
+    (
+        "rollout.py",
+        "of_update.sort(key=itemgetter(0, 1), reverse=True)",
+        "of_update.sort(key=itemgetter(1), reverse=True)",
+        "test_all.py -k dealing_over_ranks",
+    ),
+    (
+        "rollout.py",
+        "turns = (rank, 2 * world - 1 - rank)",
+        "turns = (rank, world + rank)",
+        "test_all.py -k dealing_over_ranks",
+    ),
+    (
+        "rollout.py",
+        "bool(learned[i]), cost, rank * B + i,",
+        "bool(learned[i]), cost, i,",
+        "test_all.py -k dealing_over_ranks",
+    ),
+    (
+        "losses.py",
+        " & (advantages != 0)\n    metrics",
+        "\n    metrics",
+        "test_all.py -k 'take_nothing'",
     ),
     # ---- record.py
     (
@@ -3206,8 +3296,8 @@ MUTANTS = [
     ),
     (
         "entropy.py",
-        "(log_prob_sums / lengths).view(",
-        "log_prob_sums.view(",
+        "[log_prob_sums / lengths, ",
+        "[log_prob_sums, ",
         "experiments/test_metrics.py -k 'test_every_measure_of_a_step'",
     ),
     (
@@ -3230,16 +3320,14 @@ MUTANTS = [
     ),
     (
         "entropy.py",
-        "sums = sums_by_name(sums, sum_over_ranks)\n\n    metrics =",
-        "sums = sums_by_name(sums)\n\n    metrics =",
-        "experiments/test_metrics.py -k 'test_the_measures_and_the_mask_of_two_ranks'",
+        "facts = sum_over_ranks(mine)",
+        "facts = mine",
+        "test_all.py -k group_covariance_by_hand",
     ),
     (
         "entropy.py",
-        "(log_prob_sums / lengths).view(-1, group_size)\n"
-        "    advantage = advantages[:, 0].double().view(-1, group_size)",
-        "(log_prob_sums / lengths).view(group_size, -1)\n"
-        "    advantage = advantages[:, 0].double().view(group_size, -1)",
+        "advantage, accuracy = facts.view(3, -1, group_size)",
+        "advantage, accuracy = facts.view(3, group_size, -1).mT",
         "experiments/test_metrics.py -k 'test_every_measure_of_a_step'",
     ),
     # ---- diagnose.py
@@ -3657,8 +3745,8 @@ MUTANTS = [
     # ---- losses.py
     (
         "losses.py",
-        "clipped = bounded != weight",
-        "clipped = bounded == weight",
+        "clipped = (bounded != weight)",
+        "clipped = (bounded == weight)",
         "experiments/test_metrics.py -k 'test_clip_frac_counts'",
     ),
     (

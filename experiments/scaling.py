@@ -1,11 +1,12 @@
 """What a step costs as it grows: on paper, as no GPU was at hand, and measured on two CPU cores.
 
     python -m experiments.scaling             on paper: memory, seconds, bytes sent; a second
+    python -m experiments.scaling imbalance   simulated: what ranks wait for one another; a minute
     python -m experiments.scaling measure     measured and counted with two gloo ranks; a quarter of
                                               an hour, spoiled by what else runs on the machine
 
-They write results/scaling.md and results/scaling_measured.md. N parameters, R ranks, P prompts, G
-answers each, T response tokens.
+They write results/scaling.md, scaling_imbalance.md and scaling_measured.md. N parameters, R ranks,
+P prompts, G answers each, T response tokens.
 """
 
 import json
@@ -45,7 +46,7 @@ from memory import (
     model_size,
     plan_memory,
 )
-from policy import micro_batches
+from policy import by_longest_row, micro_batches, smallest_budget
 
 RESULTS = Path("experiments/results")
 STAGES = ("rollout", "score", "update", "push")
@@ -260,25 +261,63 @@ def seconds_per_step(
 SPREAD = {"answer": 0.5, "prompt": 0.35}
 
 
-def imbalance(s, ranks, prompts, group, response, longest, prompt, updates, budget=16384, draws=4):
+# What train.py does against waiting, one after another.
+MEASURES = ("left out", "even", "dealt")
+
+
+def imbalance(
+    s,
+    ranks,
+    prompts,
+    group,
+    response,
+    longest,
+    prompt,
+    updates,
+    budget=16384,
+    draws=4,
+    flat=0.0,
+    measures=MEASURES,
+):
     """Cost of the passes over a step's answers when all ranks wait for one another in every
     micro-batch, by that of a perfect split without padding.
 
-    Simulated: lengths are lognormal, their mean is `response`, those above `longest` are cut;
-    train.py's split of them, policy.micro_batches; FLOPs of causal attention.
+    Simulated: lengths are lognormal, their mean is `response`, those above `longest` are cut; FLOPs
+    of causal attention. flat: the share of prompts whose answers all have advantage 0. measures:
+    what stands in MEASURES; all of it is train.py.
     """
     rng = np.random.default_rng(0)
     waited = 0.0
     perfect = 0.0
     for _ in range(draws):
-        lengths = draw_lengths(rng, prompts, group, response, longest)
-        # the prompts are dealt to the ranks in turn
-        rows_of_rank = lengths.reshape(prompts // ranks, ranks, group).swapaxes(0, 1)
-        rows_of_rank = prompt + rows_of_rank.reshape(ranks, -1)
-        perfect += flops_of_rows(s, rows_of_rank).sum() / ranks
-        for rows in np.array_split(np.arange(rows_of_rank.shape[1]), updates):
-            waited += lock_step(s, rows_of_rank.tolist(), rows.tolist(), budget)
+        lengths = prompt + draw_lengths(rng, prompts, group, response, longest)
+        teaches = np.repeat(rng.random((prompts, 1)) >= flat, group, axis=1)
+        perfect += flops_of_rows(s, lengths).sum() / ranks
+        if "left out" not in measures:
+            teaches[:] = True
+        # {rank: (prompts, group)}: the prompts are dealt to the ranks in turn
+        cells = [(lengths[rank::ranks], teaches[rank::ranks]) for rank in range(ranks)]
+        for update in range(updates):
+            of_ranks = []
+            for rank_lengths, rank_teaches in cells:
+                part = np.array_split(np.arange(len(rank_lengths)), updates)[update]
+                run = zip(rank_lengths[part].ravel(), rank_teaches[part].ravel())
+                of_ranks.append([(bool(learns), int(n)) for n, learns in run])
+            if "dealt" in measures:
+                of_ranks = in_a_snake(of_ranks)
+            waited += lock_step(s, of_ranks, budget, even="even" in measures)
     return waited / perfect
+
+
+def in_a_snake(of_ranks):
+    """rollout.deal_over_ranks, of (is run, tokens) in the place of answers."""
+    everything = sorted((row for rows in of_ranks for row in rows), reverse=True)
+    cycle = 2 * len(of_ranks)
+    hands = []
+    for rank in range(len(of_ranks)):
+        turns = (rank, cycle - 1 - rank)
+        hands.append([row for i, row in enumerate(everything) if i % cycle in turns])
+    return hands
 
 
 def draw_lengths(rng, prompts, group, response, longest):
@@ -301,13 +340,24 @@ def flops_of_rows(s, lengths):
     return matrices * lengths + 2 * size.layers * size.query * lengths**2
 
 
-def lock_step(s, lengths, rows, budget):
-    """Cost of one update: the most expensive rank's in each micro-batch."""
-    most = max(len(micro_batches(of_rank, rows, budget)) for of_rank in lengths)
+def lock_step(s, of_ranks, budget, even=True):
+    """Cost of one update: the most expensive rank's in each micro-batch.
+
+    of_ranks: of each rank's rows, (is run, tokens). even: as policy.split_batch does it; else as it
+    did before, where a rank only halved its lists until there were as many as on the others.
+    """
+    lengths = [[tokens for _, tokens in rows] for rows in of_ranks]
+    run = [[i for i, (is_run, _) in enumerate(rows) if is_run] for rows in of_ranks]
+    most = max(1, *(len(micro_batches(n, rows, budget)) for n, rows in zip(lengths, run)))
     costs = []
-    for of_rank in lengths:
-        lists = micro_batches(of_rank, rows, budget, most)
-        longest = np.array([max(of_rank[row] for row in some) for some in lists])
+    for tokens, rows in zip(lengths, run):
+        spare = sorted(set(range(len(tokens))) - set(rows), key=lambda i: tokens[i])
+        rows = rows + spare[: max(0, most - len(rows))]
+        at_most = smallest_budget(tokens, rows, budget, most) if even else budget
+        lists = micro_batches(tokens, rows, at_most, most)
+        if even:
+            lists = by_longest_row(tokens, lists)
+        longest = np.array([max(tokens[row] for row in some) for some in lists])
         costs.append([len(some) for some in lists] * flops_of_rows(s, longest))
     return np.max(costs, axis=0).sum()
 
@@ -515,10 +565,11 @@ an H100: 989 TFLOP/s in bfloat16, 3.35 TB/s of memory, 450 GB/s of NVLink, 50 GB
 GPU. **Assumed, not measured: {flops:.0%} of the FLOPs, {hbm:.0%} of the memory's and {links:.0%} of
 the links' bandwidth are reached, and communication hides behind compute.** Verification and
 start-up are left out. Imbalance: what score and update take longer than a perfect split without
-padding, as ranks wait for one another in every micro-batch; simulated with `policy.micro_batches`
-on lognormal lengths (spread {answer} around a prompt's, which spread by {prompt}). From 32 to 64
-GPUs P doubles: tokens per second do nearly, seconds do not fall. 7B on 32 GPUs would sample no
-faster with more engines: the longest answer bounds it.
+padding, as ranks wait for one another in every micro-batch; simulated with train.py's split and
+dealing, no prompt flat ([scaling_imbalance.md](scaling_imbalance.md)), on lognormal lengths (spread
+{answer} around a prompt's, which spread by {prompt}). From 32 to 64 GPUs P doubles: tokens per
+second do nearly, seconds do not fall. 7B on 32 GPUs would sample no faster with more engines: the
+longest answer bounds it.
 
 {seconds}
 
@@ -553,6 +604,52 @@ def write_on_paper():
         **SPREAD,
     )
     (RESULTS / "scaling.md").write_text(text)
+
+
+IMBALANCE = """# What ranks wait for one another, simulated
+
+`python -m experiments.scaling imbalance`. The cost of a step's updates under FSDP2, where all ranks
+wait for the slowest in every micro-batch, by that of a perfect split without padding that runs
+every answer. 7B, 256 prompts of 8 answers, 8 updates, 16,384 tokens per micro-batch; responses of
+8,192 tokens at most, prompts of 256; lognormal lengths (spread {answer} around a prompt's, which
+spread by {prompt}). A prompt is flat if its answers all have advantage 0.
+
+- *before*: a rank halves its lists until there are as many as on the others;
+- *left out*: answers of advantage 0 are not run (methods of `losses.NOTHING_AT_ZERO_ADVANTAGE`);
+- *even*: `policy.agree_on_micro_batches`, the smallest budget that needs as many lists, sorted;
+- *dealt*: `rollout.deal_over_ranks`, the answers of an update dealt in a snake.
+
+Each column has what stands left of it, too. The last one is the program.
+
+{rows}
+"""
+
+
+def write_imbalance():
+    titles = ["ranks", "mean tokens", "flat prompts", "before", *MEASURES]
+    rows = []
+    for flat in (0.0, 0.5):
+        for ranks in (1, 8, 32):
+            for response in (4096, 1500):
+                cells = [ranks, response, f"{flat:.0%}"]
+                for count in range(len(MEASURES) + 1):
+                    cost = imbalance(
+                        SEVEN,
+                        ranks,
+                        prompts=256,
+                        group=8,
+                        response=response,
+                        longest=8192,
+                        prompt=256,
+                        updates=8,
+                        draws=2,
+                        flat=flat,
+                        measures=MEASURES[:count],
+                    )
+                    cells.append(f"{cost:.2f}")
+                rows.append(cells)
+    text = IMBALANCE.format(rows=table(titles, rows), **SPREAD)
+    (RESULTS / "scaling_imbalance.md").write_text(text)
 
 
 # ---- measured: one rank --------------------------------------------------------------------------
@@ -911,6 +1008,8 @@ def write_measured():
 def main(action="paper", *arguments):
     if action == "paper":
         write_on_paper()
+    elif action == "imbalance":
+        write_imbalance()
     elif action == "measure":
         write_measured()
     elif action in ("time", "count"):  # this is a rank of run()

@@ -316,9 +316,9 @@ def steps_with_and_without_metrics(folder, steps):
     timed = {name: Timed(real[name]) for name in names}
     alone = Timed(real["batch_statistics"])
 
-    def batch_statistics(policy, batch, wanted, budget, updates):
-        alone(policy, batch, ["log_probs"], budget, updates)
-        return timed["batch_statistics"](policy, batch, wanted, budget, updates)
+    def batch_statistics(policy, batch, wanted, micro_batches):
+        alone(policy, batch, ["log_probs"], micro_batches)
+        return timed["batch_statistics"](policy, batch, wanted, micro_batches)
 
     train.batch_statistics = batch_statistics
     train.entropy_metrics = timed["entropy_metrics"]

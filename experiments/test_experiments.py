@@ -33,7 +33,7 @@ from data import load_problems
 from diagnose import read_metrics, read_runs, share_made
 from experiments import findings, gpu_check, methods, runs, scaling, stats
 from losses import METHODS
-from policy import batch_statistics, build_policy
+from policy import batch_statistics, build_policy, micro_batches, split_batch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -169,14 +169,50 @@ def test_ranks_in_lock_step_wait_for_the_slowest():
     def cost(count, length):
         return count * scaling.flops_of_rows(SMALL, np.array(length))
 
+    def rows(*lengths, is_run=True):
+        return [(is_run, n) for n in lengths]
+
     # One rank needs a list for each row of 20; the other halves its list of two rows of 10.
-    lengths = [[20, 20], [10, 10]]
-    assert scaling.lock_step(SMALL, lengths, [0, 1], 20) == 2 * cost(1, 20)
+    of_ranks = [rows(20, 20), rows(10, 10)]
+    assert scaling.lock_step(SMALL, of_ranks, 20) == 2 * cost(1, 20)
     # Two rows in one list are padded to the longer.
-    assert scaling.lock_step(SMALL, [[10, 20], [5, 5]], [0, 1], 40) == cost(2, 20)
+    assert scaling.lock_step(SMALL, [rows(10, 20), rows(5, 5)], 40) == cost(2, 20)
+    # Lists of four rows of 5 and of one row of 5 are even ones of two and of three.
+    of_ranks = [rows(5, 5, 5, 5, 5)] * 2
+    assert scaling.lock_step(SMALL, of_ranks, 20, even=False) == cost(4, 5) + cost(1, 5)
+    assert scaling.lock_step(SMALL, of_ranks, 20) == cost(3, 5) + cost(2, 5)
+    # A rank without rows that are run fills up with its shortest.
+    of_ranks = [rows(9, 9), rows(30, 20, is_run=False)]
+    assert scaling.lock_step(SMALL, of_ranks, 20) == cost(1, 20)
+    assert scaling.in_a_snake([rows(1, 4), rows(3, 2)]) == [rows(4, 1), rows(3, 2)]
     one = scaling.imbalance(SMALL, 1, 64, 8, 1000, 2048, 50, 4)
     eight = scaling.imbalance(SMALL, 8, 64, 8, 1000, 2048, 50, 4)
     assert 1 < one < 1.2 < eight
+    half = scaling.imbalance(SMALL, 1, 64, 8, 1000, 2048, 50, 4, flat=0.5)
+    assert 0.4 < half < 0.65
+    without = scaling.imbalance(SMALL, 8, 64, 8, 1000, 2048, 50, 4, measures=("left out", "even"))
+    assert eight < without - 0.1
+
+
+def test_the_simulation_splits_as_the_program_does(monkeypatch):
+    """Rows of two ranks: the cost is that of policy.split_batch's lists."""
+    g = np.random.default_rng(0)
+    for _ in range(30):
+        lengths = g.integers(1, 60, (2, 12))
+        learned = g.random((2, 12)) < 0.5
+        needed = [
+            len(micro_batches(n.tolist(), np.flatnonzero(run).tolist(), 100))
+            for n, run in zip(lengths, learned)
+        ]
+        monkeypatch.setattr("policy.max_over_ranks", lambda value: max(value, *needed))
+        costs = []
+        for n, run in zip(lengths, learned):
+            batch = {"lengths": torch.tensor(n), "learned": torch.tensor(run)}
+            (lists,) = split_batch(batch, 100, 1).micro_batches
+            longest = np.array([max(n[row] for row in some) for some in lists])
+            costs.append([len(some) for some in lists] * scaling.flops_of_rows(SMALL, longest))
+        of_ranks = [list(zip(run.tolist(), n.tolist())) for run, n in zip(learned, lengths)]
+        assert scaling.lock_step(SMALL, of_ranks, 100) == np.max(costs, axis=0).sum()
 
 
 def test_drawn_lengths_have_the_wanted_mean():
@@ -991,8 +1027,8 @@ def wrong_in_float32(log_probs, *args, **kwargs):
     return loss * (1.0001 if log_probs.dtype == torch.float32 else 1.0), metrics
 
 
-def scored_in_one_piece(policy, batch, wanted, budget, updates):
-    return batch_statistics(policy, batch, wanted, 10**6, 1)
+def scored_in_one_piece(policy, batch, wanted, micro_batches):
+    return batch_statistics(policy, batch, wanted, [list(range(len(batch["ids"])))])
 
 
 def rounded_product(head, hidden):

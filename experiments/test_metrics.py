@@ -26,6 +26,7 @@ from diagnose import law_forecast, law_points, line_styles, method_of, plot_curv
 from diagnose import read_metrics, share_made, usual_panels
 from entropy import change_estimates
 from test_all import (  # noqa: F401
+    dealt,
     HERE,
     no_process_group_left,
     recorded,
@@ -187,7 +188,7 @@ def bucket_of(accuracy):
     return "mid" if accuracy < Fraction(2, 3) else "easy"
 
 
-def measures_by_hand(ranks, before, after, group_size=6):
+def measures_by_hand(ranks, before, after, group_size=6, updates=1):
     """Every measure of one step. ranks: the recorded answers of each rank; before, after: the model
     around its updates."""
     of_rank = [tokens_of(answers, before, group_size) for answers in ranks]
@@ -206,9 +207,13 @@ def measures_by_hand(ranks, before, after, group_size=6):
                 changes.append(entropy_of(new) - entropy_of(old))
     found["entropy/change_measured"] = fmean(changes)
 
+    learns_from = []  # the tokens of each rank when the step learns from them
+    for hand in dealt(ranks, updates, is_run=lambda r, i: per_answer(of_rank[r], "A")[i][0] != 0):
+        answers_of = [[t for t in of_rank[r] if t["answer"] == i] for r, i in hand]
+        learns_from.append([t for answer in answers_of for t in answer])
     for share in ("0.0002", "0.002", "0.02", "0.2", "1"):
         value = 0.0  # the shares are of each rank's own tokens, weighted by their number
-        for part in of_rank:
+        for part in learns_from:
             ordered = sorted(covariances(part), reverse=True)
             top = ordered[: max(1, math.ceil(Fraction(share) * len(part)))]
             value += fmean(top) * len(part) / n

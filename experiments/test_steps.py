@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import rollout
 from diagnose import read_metrics
 from test_all import (  # noqa: F401
+    dealt,
     no_process_group_left,
     recorded,
     toy,
@@ -93,6 +94,13 @@ STEP_KNOBS = {
     "aer": dict(target_ratio=1.5, rate=0.3, hard_below=0.6, clip_low=0.02, clip_high=0.03),
     "siren": dict(coef=0.5, peak_frac=0.3, clip_low=0.02, clip_high=0.03),
 }
+
+
+# They learn nothing from an answer whose advantage is 0, so the updates leave it out.
+LEAVE_OUT = (
+    *("grpo", "clip_higher", "par", "quadrant", "entropy_advantage", "entropic", "aepo"),
+    *("flex_clip", "ce_gppo", "cispo", "gspo", "clip_b", "clip_v"),
+)
 
 
 def nucleus_entropy_of(p):
@@ -272,7 +280,7 @@ def token_loss_of(method, t, A, k):
     if method == "cispo":
         r = float((t.log_prob - t.old.log_prob).exp())
         bounded = min(max(r, 1 - k["clip_low"]), 1 + k["clip_high"])
-        return -bounded * A * t.log_prob, bounded != r
+        return -bounded * A * t.log_prob, bounded != r and A != 0
     if method == "ce_gppo":
         r = (t.log_prob - t.old.log_prob).exp()
         held = r / r.detach()
@@ -388,21 +396,29 @@ def tokens_to_keep(method, per_rank, k):
     return [t.kept for t in tokens]
 
 
-def calls_of(lengths, rows, budget, at_least):
-    """The micro-batches of a rank: rows by length, as many as fit into the padded budget; then
-    halved until there are enough."""
-    calls, call = [], []
+def calls_of(lengths, rows, budget):
+    """Rows by length, as many in a call as fit into the padded budget."""
+    calls = []
     for i in sorted(rows, key=lambda i: lengths[i]):
-        if call and (len(call) + 1) * lengths[i] > budget:
-            calls.append(call)
-            call = []
-        call.append(i)
-    calls.append(call)
-    while len(calls) < at_least:
+        if calls and (len(calls[-1]) + 1) * lengths[i] <= budget:
+            calls[-1].append(i)
+        else:
+            calls.append([i])
+    return calls
+
+
+def even_calls(lengths, rows, budget, number):
+    """The micro-batches of a rank: by the smallest budget that needs no more than the number, then
+    halved until there are as many, then the shortest rows first."""
+    for smaller in range(budget + 1):
+        calls = calls_of(lengths, rows, smaller)
+        if len(calls) <= number:
+            break
+    while len(calls) < number:
         calls.sort(key=len)
         longest = calls.pop()
         calls += [longest[: len(longest) // 2], longest[len(longest) // 2 :]]
-    return calls
+    return sorted(calls, key=lambda call: max(lengths[i] for i in call))
 
 
 def adamw(parameters, averages, gradients, lr, update):
@@ -455,14 +471,22 @@ def averages_of(state, parameters, updates):
     return averages
 
 
-def split_over_ranks(answers, part_of, budget):
-    """The micro-batches of each rank, as many on all."""
+def split_over_ranks(answers, learned, part, budget):
+    """The micro-batches of each rank, as many on all. learned: of each rank, whether the method
+    learns from the answer; part: the rows of the update."""
     lengths = []
-    for of_rank in answers:
+    to_run = []
+    for of_rank, learns in zip(answers, learned):
         lengths.append([len(a["prompt"]) + len(a["response"]) for a in of_rank])
-    calls = [calls_of(n, rows, budget, 1) for n, rows in zip(lengths, part_of)]
-    most = max(map(len, calls))
-    return [calls_of(n, rows, budget, most) for n, rows in zip(lengths, part_of)]
+        to_run.append([i for i in part if learns[i]])
+    most = max(1, *(len(calls_of(n, rows, budget)) for n, rows in zip(lengths, to_run)))
+    calls = []
+    for n, rows in zip(lengths, to_run):
+        others = sorted((i for i in part if i not in rows), key=lambda i: n[i])
+        while len(rows) < most:
+            rows.append(others.pop(0))
+        calls.append(even_calls(n, rows, budget, most))
+    return calls
 
 
 def check_step(
@@ -494,6 +518,14 @@ def check_step(
     answers = [recorded(folder, 3, rank) for rank in range(ranks)]
     draws = [torch.Generator().manual_seed(hash((seed, 3, r)) % 2**63) for r in range(ranks)]
     batches = [facts_before(of_rank, model, base) for of_rank in answers]
+
+    def is_run(rank, i):
+        return method not in LEAVE_OUT or batches[rank][i][0].A != 0
+
+    hands = dealt(answers, updates, is_run)
+    learned = [[is_run(*where) for where in hand] for hand in hands]
+    answers = [[answers[rank][i] for rank, i in hand] for hand in hands]
+    batches = [[batches[rank][i] for rank, i in hand] for hand in hands]
     kept = tokens_to_keep(method, batches, k)
 
     losses = []
@@ -504,11 +536,14 @@ def check_step(
         metrics[name] = metrics.get(name, 0.0) + value / updates
 
     for u in range(updates):
-        part_of = [range(len(b) * u // updates, len(b) * (u + 1) // updates) for b in batches]
-        chosen = [batch[i] for batch, rows in zip(batches, part_of) for i in rows]
+        share = len(answers[0]) // updates
+        part = range(u * share, (u + 1) * share)
+        chosen = [batch[i] for batch in batches for i in part]
+        chosen_learned = [batches[r][i] for r in range(ranks) for i in part if learned[r][i]]
+        M = sum(t.kept for answer in chosen_learned for t in answer)
         N = sum(t.kept for answer in chosen for t in answer)
         sequences = sum(any(t.kept for t in answer) for answer in chosen)
-        calls = split_over_ranks(answers, part_of, budget)
+        calls = split_over_ranks(answers, learned, part, budget)
         model.zero_grad()
         losses.append(0.0)
         for r in range(ranks):
@@ -521,9 +556,10 @@ def check_step(
                 losses[-1] += loss.item()
                 for name, value in found.items():
                     add(name, value)
-                for t in (t for answer in call for t in answer if t.kept):
+                moved = [batches[r][i] for i in rows if learned[r][i]]
+                for t in (t for answer in moved for t in answer if t.kept):
                     d = float(t.log_prob - t.old.log_prob)
-                    add("policy/kl_to_rollout", (math.exp(d) - 1 - d) / N)
+                    add("policy/kl_to_rollout", (math.exp(d) - 1 - d) / M)
         norms.append(math.sqrt(sum(float(p.grad.square().sum()) for p in parameters.values())))
         scale = min(1.0, grad_clip / (norms[-1] + 1e-6))
         gradients = {name: p.grad * scale for name, p in parameters.items()}
@@ -564,8 +600,10 @@ def step_args(method, knobs, *more):
 @pytest.mark.parametrize("method", STEP_KNOBS)
 def test_a_step_recomputed_from_what_the_run_wrote(method, toy, tmp_path):
     knobs = STEP_KNOBS[method]
-    toy_run(toy, tmp_path, "run", *step_args(method, knobs))
-    seen = check_step(tmp_path / "run", method, knobs)
+    # With seed 0 cispo has gradients that are rounding alone, and AdamW makes steps of them.
+    seed = 1 if method == "cispo" else 0
+    toy_run(toy, tmp_path, "run", *step_args(method, knobs, f"--seed {seed}"))
+    seen = check_step(tmp_path / "run", method, knobs, seed=seed)
     for name in ("policy/clip_frac", "policy/selected_frac"):
         assert 0 < seen.row.get(name, 0.5) < 0.95, name  # the method acts
     assert all(seen.kept) == (method not in ("clip_b", "clip_v"))
