@@ -6487,6 +6487,14 @@ def test_real_schemas_go_through_every_part(chat, tmp_path):
     assert math.isfinite(row["train/grad_norm"])
 
 
+def test_a_run_whose_tokenizer_has_more_tokens_than_the_model_has_ends(tmp_path, capsys):
+    tiny.make_tokenizer().save_pretrained(tmp_path / "model")
+    Qwen2Config(vocab_size=5).save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit):
+        train.main(f"--model {tmp_path}/model --data countdown --out {tmp_path} --dry_run".split())
+    assert "but the model has only 5: is it the tokenizer of another" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vllm is not installed: .ci/run installs it"
 )

@@ -125,8 +125,8 @@ MUTANTS = [
     ),
     (
         "train.py",
-        'if not math.isfinite(value):\n        raise ValueError(f"--{name}',
-        'if math.isnan(value):\n        raise ValueError(f"--{name}',
+        "not abs(value) <= torch.finfo(torch.float32).max",
+        "math.isnan(value)",
         "experiments/test_flags.py -k numbers_must_be",
     ),
     (
@@ -3999,8 +3999,8 @@ MUTANTS = [
     ),
     (
         "record.py",
-        '    before = {"lora_rank": 0} | json',
-        "    before = json",
+        '    before = {"lora_rank": 0} | saved_settings',
+        "    before = saved_settings",
         "test_all.py -k not_resumed_with_lora",
     ),
     (
@@ -4014,6 +4014,91 @@ MUTANTS = [
         "    frozen = count if cfg.lora_rank else 0",
         "    frozen = count",
         "experiments/test_flags.py -k plan",
+    ),
+    # ---- what strangers brought: answers, data, models, folders
+    (
+        "verify.py",
+        "GREEK_LETTER.findall(text))",
+        "[])",
+        "test_all.py -k wrong_answers",
+    ),
+    (
+        "verify.py",
+        'if not words(gold) and gold.casefold() != "no":',
+        "if False:",
+        "test_all.py -k wrong_answers",
+    ),
+    (
+        "verify.py",
+        "if both_sets and same_answer",
+        "if same_answer",
+        "test_all.py -k wrong_answers",
+    ),
+    (
+        "verify.py",
+        "(value is None if links else gold_name is None)",
+        "gold_name is None and (not links or value is None)",
+        "test_all.py -k wrong_answers",
+    ),
+    (
+        "verify.py",
+        'text.endswith("\\\\}") and is_bracketed(text[1:])',
+        'text.endswith("\\\\}")',
+        "test_all.py -k right_answers",
+    ),
+    (
+        "data.py",
+        'without_list(reward_model["ground_truth"])',
+        'reward_model["ground_truth"]',
+        "test_all.py -k however_it_is_written",
+    ),
+    (
+        "data.py",
+        "if names.count(column) > 1]",
+        "if False]",
+        "test_all.py -k odd_columns",
+    ),
+    (
+        "policy.py",
+        "    make_savable(model)\n",
+        "",
+        "test_all.py -k contradict_each_other",
+    ),
+    (
+        "policy.py",
+        "settings.validate(strict=True)",
+        "raise ValueError",
+        "test_all.py -k contradict_each_other",
+    ),
+    (
+        "record.py",
+        "    check_writable(folder)\n",
+        "",
+        "experiments/test_flags.py -k cannot_be_made",
+    ),
+    (
+        "record.py",
+        "while not os.path.lexists(existing):",
+        "while not existing.exists():",
+        "experiments/test_flags.py -k cannot_be_made",
+    ),
+    (
+        "train.py",
+        "    if quantized:\n",
+        "    if False:\n",
+        "experiments/test_flags.py -k cannot_be_trained",
+    ),
+    (
+        "train.py",
+        "if largest >= rows:",
+        "if largest > rows:",
+        "experiments/test_flags.py -k more_tokens_than",
+    ),
+    (
+        "train.py",
+        "        check_token_ids([(problems, prompts), *eval_sets.values()], model_config)\n",
+        "",
+        "test_all.py -k tokens_than_the_model_has_ends",
     ),
 ]
 
