@@ -4016,7 +4016,7 @@ def test_the_optimizer_is_fused_on_gpus_only(monkeypatch):
     monkeypatch.setattr(torch.optim, "AdamW", lambda *_, **options: told.append(options))
     cfg = types.SimpleNamespace(lr=1.0, weight_decay=0.0)
     for is_cuda in (True, False):
-        parameter = types.SimpleNamespace(is_cuda=is_cuda)
+        parameter = types.SimpleNamespace(is_cuda=is_cuda, requires_grad=True)
         train.make_optimizer(types.SimpleNamespace(parameters=lambda: iter([parameter])), cfg)
     assert [options["fused"] for options in told] == [True, None]
 

@@ -152,6 +152,7 @@ def setting(
         engine="vllm",
         parallel="fsdp",
         activation_checkpointing=True,
+        lora_rank=0,
         rollout_gpu_memory=0.0,
         rollout_tp=rollout_tp,
         prompts_per_step=prompts,

@@ -650,6 +650,7 @@ ZERO = {
     "seed",
     "record_step",
     "rollout_gpu_memory",
+    "lora_rank",
 }
 NUMBERS = [name for name, value in (FOR_ALL | FOR_TINY).items() if type(value) in (int, float)]
 
