@@ -3778,10 +3778,10 @@ def test_estimates_of_the_entropy_change_against_the_measured_one():
     mask = torch.arange(T) < torch.randint(1, T + 1, (B, 1), generator=g)
 
     def statistics(z):
-        log_p = torch.log_softmax(z, -1).view(-1, V)
+        distribution = entropy.Distribution(z.view(-1, V))
         found = {}
         for name in entropy.NEEDED_STATISTICS:
-            found[name] = entropy.STATISTICS[name](log_p, tokens.flatten()).view(B, T)
+            found[name] = entropy.STATISTICS[name](distribution, tokens.flatten()).view(B, T)
         return found
 
     old = statistics(logits)
@@ -3901,9 +3901,9 @@ def test_logits_that_a_model_changes_after_its_head(model_type):
     wanted = list(entropy.STATISTICS)
     with torch.no_grad():
         found = policy.Policy(model, 0.7)(ids, torch.tensor([3]), mask, wanted)
-        log_p = torch.log_softmax(model(ids).logits[0, 2:-1] / 0.7, -1)
+        distribution = entropy.Distribution(model(ids).logits[0, 2:-1] / 0.7)
         for name, values in found.items():
-            expected = entropy.STATISTICS[name](log_p, ids[0, 3:])
+            expected = entropy.STATISTICS[name](distribution, ids[0, 3:])
             assert torch.allclose(values[0], expected, atol=1e-5), name
         without = policy.Policy(model, 0.7)
         without.logit_scale, without.logit_cap = 1.0, None
