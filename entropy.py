@@ -94,51 +94,69 @@ def use_float32_logits(model):
 
 
 # ---- statistics of a token, from hidden states ---------------------------------------------------
-# Each is a function of log_p (n, V) float32, the log-probabilities of the whole vocabulary, and
-# token (n,), the id of the sampled token. It returns (n,).
 
 
-def chosen_log_prob(log_p, token):
-    return log_p.gather(1, token[:, None]).squeeze(1)
+class Distribution:
+    """The softmax of logits (n, V): its logarithm, and what several statistics need of it, which is
+    computed when the first of them asks."""
+
+    def __init__(self, logits):
+        self.log_p = torch.log_softmax(logits, dim=1)
+
+    @functools.cached_property
+    def p(self):
+        return self.log_p.exp()
+
+    @functools.cached_property
+    def p_log_p(self):
+        return self.p * self.log_p
 
 
-def full_entropy(log_p, token):
-    return -(log_p.exp() * log_p).sum(1)
+# Each statistic is a function of the Distribution over the whole vocabulary and of token (n,), the
+# ids of the sampled tokens. It returns (n,).
 
 
-def sum_of_p2(log_p, token):
+def chosen_log_prob(distribution, token):
+    return distribution.log_p.gather(1, token[:, None]).squeeze(1)
+
+
+def full_entropy(distribution, token):
+    return -distribution.p_log_p.sum(1)
+
+
+def sum_of_p2(distribution, token):
     """sum_v p_v^2"""
-    return (2.0 * log_p).exp().sum(1)
+    return torch.linalg.vector_norm(distribution.p, dim=1).square()  # never stores p^2
 
 
-def sum_of_p2_log_p(log_p, token):
+def sum_of_p2_log_p(distribution, token):
     """sum_v p_v^2 log p_v"""
-    return ((2.0 * log_p).exp() * log_p).sum(1)
+    return (distribution.p * distribution.p_log_p).sum(1)
 
 
-def nucleus_entropy(log_p, token=None, mass=0.8):
+def nucleus_entropy(distribution, token, mass=0.8):
     """Entropy in nats of the smallest set of tokens with at least `mass` of the probability,
     renormalised."""
-    ordered = log_p.sort(dim=1, descending=True).values
+    ordered = distribution.log_p.sort(dim=1, descending=True).values
     mass_before = ordered.exp().cumsum(1) - ordered.exp()  # of the tokens that are likelier
     outside = mass_before.detach() >= mass
-    kept = torch.log_softmax(ordered.masked_fill(outside, -1e9), 1)  # -inf would make 0 * inf
-    return -(kept.exp() * kept).sum(1)
+    kept = Distribution(ordered.masked_fill(outside, -1e9))  # -inf would make 0 * inf
+    return full_entropy(kept, token)
 
 
-def tempered_log_prob(log_p, token, temperature):
+def tempered_log_prob(distribution, token, temperature):
     """Log-prob of the token at another temperature, a multiple of the sampling temperature.
 
     That is a new softmax, not a division of the token's log-prob."""
-    return chosen_log_prob(torch.log_softmax(log_p / temperature, 1), token)
+    return chosen_log_prob(Distribution(distribution.log_p / temperature), token)
 
 
-def hot_log_prob(log_p, token):
-    return tempered_log_prob(log_p, token, 1.2)
+def hot_log_prob(distribution, token):
+    return tempered_log_prob(distribution, token, 1.2)
 
 
-def cold_log_prob(log_p, token):
-    return tempered_log_prob(log_p, token, 0.8)
+def cold_log_prob(distribution, token):
+    return tempered_log_prob(distribution, token, 0.8)
 
 
 # Methods and metrics ask for statistics by these names.
@@ -153,6 +171,13 @@ STATISTICS = {
 }
 
 
+def rows_of_block(logits):
+    """How many rows of a chunk's logits (n, V) the statistics take at a time: the head's product is
+    fast with many rows, but passes over all of them would read and write memory, not the cache."""
+    size = 2**20 if logits.device.type == "cpu" else 2**24  # to start a GPU's kernel takes time
+    return max(1, size // logits.shape[1])
+
+
 def token_statistics(
     hidden, head, tokens, temperature, wanted, chunk_tokens=512, logit_scale=1.0, logit_cap=None
 ):
@@ -165,17 +190,24 @@ def token_statistics(
 
     The temperature divides the logits, once, before the softmax: dividing log-probs by it gives
     another distribution. With gradient, each chunk's logits are computed again in backward
-    instead of kept.
+    instead of kept. log_probs come out of the same operations with and without, bit for bit.
     """
 
-    def one_chunk(hidden, tokens):
-        logits = head(hidden).float()
+    def one_block(logits, tokens):
         if logit_scale != 1:
             logits = logit_scale * logits
         if logit_cap:
             logits = logit_cap * torch.tanh(logits / logit_cap)
-        log_p = torch.log_softmax(logits / temperature, dim=-1)
-        return tuple(STATISTICS[name](log_p, tokens) for name in wanted)
+        if temperature != 1:
+            logits = logits / temperature
+        distribution = Distribution(logits)
+        return [STATISTICS[name](distribution, tokens) for name in wanted]
+
+    def one_chunk(hidden, tokens):
+        logits = head(hidden).float()
+        rows = rows_of_block(logits)
+        blocks = [one_block(*block) for block in zip(logits.split(rows), tokens.split(rows))]
+        return tuple(torch.cat(parts) for parts in zip(*blocks))
 
     chunks = []
     for chunk in zip(hidden.split(chunk_tokens), tokens.split(chunk_tokens)):

@@ -48,6 +48,53 @@ def logit_changes(config):
     return scale, cap
 
 
+# Decoders in which a token sees only what the mask lets it see. A state (Mamba) or
+# a window over the row would mix the responses of pack_by_prompt.
+PACKED_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+WIDEST_PACKED = 2048  # tokens of a packed row: attention under a mask is quadratic in them
+LEAST_SAVED = 1 / 3  # of the padded tokens; else the mask costs more than it saves
+
+
+def can_pack(config):
+    """Whether a decoder of this config computes the same from pack_by_prompt."""
+    has_window = getattr(config, "sliding_window", None)
+    takes_mask = config._attn_implementation == "sdpa"
+    return config.model_type in PACKED_ARCHITECTURES and takes_mask and not has_window
+
+
+def pack_by_prompt(ids, prompt_lens, response_lens):
+    """Packs each distinct prompt and all responses to it into one row, so that it runs once. A
+    response sees the prompt and itself, and its positions are those that it would have alone.
+
+    ids (B, L); prompt_lens, response_lens (B,). Returns the arguments of the decoder, for P rows of
+    W tokens; and where the state before each response token is, in the order of the given rows: two
+    index tensors. None where that does not save enough."""
+    number = {}  # {prompt: its packed row}
+    packed = []  # a list per row, of (token, position, response that it belongs to; -1: the prompt)
+    before = []
+    lens = zip(prompt_lens.tolist(), response_lens.tolist())
+    for i, (tokens, (prompt_len, response_len)) in enumerate(zip(ids.tolist(), lens)):
+        prompt = tuple(tokens[:prompt_len])
+        k = number.setdefault(prompt, len(packed))
+        if k == len(packed):
+            packed.append([(token, t, -1) for t, token in enumerate(prompt)])
+        start = len(packed[k])
+        places = [prompt_len - 1, *range(start, start + response_len - 1)]
+        before += [(k, place) for place in places[:response_len]]
+        end = prompt_len + response_len
+        packed[k] += [(tokens[t], t, i) for t in range(prompt_len, end)]
+
+    width = max(map(len, packed))
+    if width > WIDEST_PACKED or len(packed) * width > (1 - LEAST_SAVED) * ids.numel():
+        return None
+    padding = (0, 0, len(ids))
+    padded = [row + [padding] * (width - len(row)) for row in packed]
+    token, position, owner = torch.tensor(padded, device=ids.device).unbind(2)  # (P, W)
+    seen = (owner[:, None] == owner[:, :, None]) | (owner[:, None] == -1)  # (P, query, key)
+    inputs = dict(input_ids=token, position_ids=position, attention_mask=seen.tril()[:, None])
+    return inputs, torch.tensor(before, device=ids.device).unbind(1)
+
+
 class Policy(nn.Module):
     """A Hugging Face causal language model that scores given responses; DDP and FSDP2 wrap it."""
 
@@ -59,6 +106,7 @@ class Policy(nn.Module):
         self.temperature = temperature
         self.autocast = autocast
         self.chunk_tokens = chunk_tokens
+        self.can_pack = can_pack(decoder_of(model).config)
         use_float32_logits(model)
         self.logit_scale, self.logit_cap = logit_changes(model.config.get_text_config())
         # What reads images or sound gets no gradient from text, and DDP would wait for one.
@@ -73,16 +121,20 @@ class Policy(nn.Module):
 
         ids (B, L): prompt + response, padded on the right; prompt_lens (B,); response_mask (B, T)
         bool. Padding on the right needs no attention mask and no position ids: under causal
-        attention no response token ever sees it.
+        attention no response token ever sees it. A prompt with several responses runs once where
+        the model allows it and it saves enough: see pack_by_prompt.
         """
         row, column = response_mask.nonzero(as_tuple=True)
         position = prompt_lens[row] + column
+        packed = pack_by_prompt(ids, prompt_lens, response_mask.sum(1)) if self.can_pack else None
+        # the state before a token predicts it
+        inputs, before = packed or ({"input_ids": ids}, (row, position - 1))
         use_autocast = self.autocast != torch.float32
         with torch.autocast(ids.device.type, self.autocast, enabled=use_autocast):
-            output = decoder_of(self.model)(input_ids=ids, use_cache=False)
-            hidden = output.last_hidden_state  # (B, L, D)
+            output = decoder_of(self.model)(**inputs, use_cache=False)
+            hidden = output.last_hidden_state  # (B, L, D), or packed (P, W, D)
             found = token_statistics(
-                hidden[row, position - 1],  # the state before a token predicts it
+                hidden[before],
                 self.model.get_output_embeddings(),
                 ids[row, position],
                 self.temperature,

@@ -3454,6 +3454,42 @@ def test_token_statistics_equal_the_naive_ones_and_never_hold_all_logits():
     assert max(seen) == 10 and len(seen) == 8  # 4 chunks, computed again in backward
 
 
+def test_the_statistics_without_gradient_by_the_definitions_in_float64(monkeypatch):
+    """Also where a chunk is taken in several blocks; some tokens are all but certain."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, 3000, generator=g) * torch.linspace(0.1, 20, 40)[:, None]
+    tokens = torch.randint(3000, (40,), generator=g)
+    wanted = entropy.NEEDED_STATISTICS
+    exact = naive_statistics(logits.double(), tokens, 1.0)
+    for rows in (40, 7):
+        monkeypatch.setattr(entropy, "rows_of_block", lambda logits: rows)
+        with torch.no_grad():
+            found = entropy.token_statistics(logits, torch.nn.Identity(), tokens, 1.0, wanted, 30)
+        for name in wanted:
+            error = (found[name] - exact[name]).abs() / exact[name].abs().clamp(min=1)
+            assert error.max() < 2e-6, name
+            assert found[name].dtype == torch.float32
+
+
+def test_log_probs_are_the_same_bits_with_gradient_and_without():
+    """Else the first ratio of a token would not be 1. The number of rows of a block is the same,
+    whatever else is wanted."""
+    g = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(16, 400_000, bias=False)
+    hidden = torch.randn(20, 16, generator=g)
+    tokens = torch.randint(400_000, (20,), generator=g)
+    assert entropy.rows_of_block(torch.empty(20, 400_000)) == 2
+
+    def log_probs(wanted):
+        return entropy.token_statistics(hidden, head, tokens, 0.9, wanted, 13)["log_probs"]
+
+    with torch.no_grad():
+        scored = log_probs(entropy.NEEDED_STATISTICS)
+    for wanted in (["log_probs"], ["log_probs", "token_entropy"]):
+        found = log_probs(wanted)
+        assert found.requires_grad and torch.equal(found, scored)
+
+
 def two_likely_tokens(count=300, vocab=8000, width=256):
     """bfloat16 hidden states whose most likely tokens are two of logits around 20, a head, and the
     first of the two."""
@@ -3617,10 +3653,10 @@ def test_estimates_of_the_entropy_change_against_the_measured_one():
     mask = torch.arange(T) < torch.randint(1, T + 1, (B, 1), generator=g)
 
     def statistics(z):
-        log_p = torch.log_softmax(z, -1).view(-1, V)
+        distribution = entropy.Distribution(z.view(-1, V))
         found = {}
         for name in entropy.NEEDED_STATISTICS:
-            found[name] = entropy.STATISTICS[name](log_p, tokens.flatten()).view(B, T)
+            found[name] = entropy.STATISTICS[name](distribution, tokens.flatten()).view(B, T)
         return found
 
     old = statistics(logits)
@@ -3724,6 +3760,97 @@ def test_policy_scores_as_the_model_does_one_row_at_a_time(kind):
         assert (found["log_probs"][i, n:] == 0).all()
 
 
+def packable_model(model_type):
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, vocab_size=32)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.5)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, pad_token_id=0, eos_token_id=1, **sizes, **heads)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def few_shot_pairs():
+    """Long prompts, one of which begins another, with short responses, some of a single token; no
+    two rows of a prompt stand together."""
+    g = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(2, 32, (n,), generator=g).tolist() for n in (21, 17)]
+    prompts.append(prompts[0][:19])
+    pairs = []
+    for n in (1, 5, 3, 1, 4):
+        for prompt in prompts:
+            pairs.append((prompt, torch.randint(2, 32, (n,), generator=g).tolist()))
+    return pairs
+
+
+def scores_and_gradient(scorer, batch, wanted=("log_probs", "token_entropy")):
+    scorer.zero_grad()
+    found = scorer(batch["ids"], batch["prompt_lens"], batch["response_mask"], wanted)
+    slopes = torch.linspace(-1, 1, found["log_probs"].numel()).view_as(found["log_probs"])
+    sum((found[name] * slopes).sum() for name in wanted).backward()
+    gradient = torch.cat([p.grad.flatten() for p in scorer.model.parameters()])
+    return [found[name].detach() for name in wanted], gradient
+
+
+@pytest.mark.parametrize("model_type", policy.PACKED_ARCHITECTURES)
+def test_a_prompt_that_runs_once_gives_the_same(model_type):
+    """Values and gradient, with checkpointed activations, too; and it is run once."""
+    model = packable_model(model_type).double()
+    scorer = policy.Policy(model, 1.0)
+    batch = batch_of(few_shot_pairs())
+    run = []
+    decoder = policy.decoder_of(model)
+
+    def count(module, args, kwargs):
+        run.append(kwargs["input_ids"].shape)
+
+    decoder.register_forward_pre_hook(count, with_kwargs=True)
+    packed = scores_and_gradient(scorer, batch)
+    policy.checkpoint_activations(model, policy.decoder_layers(model))
+    checkpointed = scores_and_gradient(scorer, batch)
+    scorer.can_pack = False
+    plain = scores_and_gradient(scorer, batch)
+    longest = 21 + 1 + 5 + 3 + 1 + 4
+    assert run == [(3, longest), (3, longest), (15, 26)]
+    for values, gradient in (packed, checkpointed):
+        for found, expected in zip(values, plain[0]):
+            assert torch.allclose(found, expected, rtol=0, atol=1e-6)
+        assert torch.allclose(gradient, plain[1], rtol=1e-6, atol=1e-6 * plain[1].abs().max())
+
+
+@pytest.mark.parametrize("autocast", [torch.float32, torch.bfloat16])
+def test_packed_rows_score_the_same_bits_with_gradient_and_without(autocast):
+    scorer = policy.Policy(packable_model("llama"), 1.0, autocast)
+    batch = batch_of(few_shot_pairs())
+    with torch.no_grad():
+        scored = scorer(batch["ids"], batch["prompt_lens"], batch["response_mask"])["log_probs"]
+    (learned,), gradient = scores_and_gradient(scorer, batch, ("log_probs",))
+    assert torch.equal(scored, learned)
+    scorer.can_pack = False
+    (plain,), expected = scores_and_gradient(scorer, batch, ("log_probs",))
+    tolerance = 1e-5 if autocast == torch.float32 else 0.2
+    assert torch.allclose(learned, plain, rtol=0, atol=tolerance)
+    assert torch.cosine_similarity(gradient, expected, dim=0) > 1 - tolerance
+
+
+def test_what_is_not_packed():
+    def packed(pairs):
+        batch = batch_of(pairs)
+        lens = batch["response_mask"].sum(1)
+        return policy.pack_by_prompt(batch["ids"], batch["prompt_lens"], lens)
+
+    prompt = list(range(2, 22))
+    assert packed([(prompt, [3, 4])] * 2)  # 24 of 44 tokens
+    assert not packed([(prompt, [3] * 20)] * 2)  # 60 of 80
+    assert not packed([(prompt, [3, 4]), (prompt[1:], [3, 4])])
+    assert not packed([(prompt, [3, 4])] * 2000)
+    window = dict(use_sliding_window=True, sliding_window=4, max_window_layers=0)
+    for name, more, fits in (("qwen2", {}, True), ("qwen2", window, False), ("gpt2", {}, False)):
+        config = AutoConfig.for_model(name, **more)
+        config._attn_implementation = "sdpa"
+        assert policy.can_pack(config) == fits
+        config._attn_implementation = "eager"  # adds its mask, which a bool is not made for
+        assert not policy.can_pack(config)
+
+
 CHANGED_LOGITS = {  # model_type: (the setting that changes logits after the head, others)
     "cohere": ({"logit_scale": 0.25}, {}),
     "granite": ({"logits_scaling": 8.0}, {}),
@@ -3756,9 +3883,9 @@ def test_logits_that_a_model_changes_after_its_head(model_type):
     wanted = list(entropy.STATISTICS)
     with torch.no_grad():
         found = policy.Policy(model, 0.7)(ids, torch.tensor([3]), mask, wanted)
-        log_p = torch.log_softmax(model(ids).logits[0, 2:-1] / 0.7, -1)
+        distribution = entropy.Distribution(model(ids).logits[0, 2:-1] / 0.7)
         for name, values in found.items():
-            expected = entropy.STATISTICS[name](log_p, ids[0, 3:])
+            expected = entropy.STATISTICS[name](distribution, ids[0, 3:])
             assert torch.allclose(values[0], expected, atol=1e-5), name
         without = policy.Policy(model, 0.7)
         without.logit_scale, without.logit_cap = 1.0, None

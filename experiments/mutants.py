@@ -1610,9 +1610,45 @@ MUTANTS = [
     # ---- policy.py
     (
         "policy.py",
-        "hidden[row, position - 1],",
-        "hidden[row, position],",
-        "experiments/test_metrics.py -k 'test_every_measure_of_a_step'",
+        '({"input_ids": ids}, (row, position - 1))',
+        '({"input_ids": ids}, (row, position))',
+        "test_all.py -k policy_scores",
+    ),
+    (
+        "policy.py",
+        "seen = (owner[:, None] == owner[:, :, None]) |",
+        "seen = (owner[:, None] >= 0) |",
+        "test_all.py -k runs_once",
+    ),
+    (
+        "policy.py",
+        "[(tokens[t], t, i) for t in",
+        "[(tokens[t], start, i) for t in",
+        "test_all.py -k runs_once",
+    ),
+    (
+        "policy.py",
+        "places = [prompt_len - 1, *range(start",
+        "places = [start - 1, *range(start",
+        "test_all.py -k runs_once",
+    ),
+    (
+        "policy.py",
+        "if width > WIDEST_PACKED or len(packed)",
+        "if len(packed)",
+        "test_all.py -k not_packed",
+    ),
+    (
+        "policy.py",
+        "and takes_mask and not has_window",
+        "and takes_mask",
+        "test_all.py -k not_packed",
+    ),
+    (
+        "entropy.py",
+        "vector_norm(distribution.p, dim=1).square()",
+        "vector_norm(distribution.p, dim=1)",
+        "test_all.py -k definitions_in_float64",
     ),
     (
         "policy.py",
@@ -3044,14 +3080,14 @@ MUTANTS = [
     # ---- entropy.py
     (
         "entropy.py",
-        "torch.log_softmax(log_p / temperature, 1), token)",
-        "log_p / temperature, token)",
+        "return chosen_log_prob(Distribution(distribution.log_p / temperature), token)",
+        "return chosen_log_prob(distribution, token) / temperature",
         "experiments/test_metrics.py -k 'test_what_the_methods_report'",
     ),
     (
         "entropy.py",
-        "tempered_log_prob(log_p, token, 0.8)",
-        "tempered_log_prob(log_p, token, 1.2)",
+        "tempered_log_prob(distribution, token, 0.8)",
+        "tempered_log_prob(distribution, token, 1.2)",
         "experiments/test_metrics.py -k 'test_what_the_methods_report'",
     ),
     (
@@ -3062,14 +3098,14 @@ MUTANTS = [
     ),
     (
         "entropy.py",
-        "torch.log_softmax(ordered.masked_fill(outside, -1e9), 1)",
-        "ordered.masked_fill(outside, -1e9)",
+        "return full_entropy(kept, token)",
+        "return -torch.where(outside, 0.0, ordered.exp() * ordered).sum(1)",
         "experiments/test_metrics.py -k 'test_what_the_methods_report'",
     ),
     (
         "entropy.py",
-        "log_softmax(logits / temperature, dim=-1)",
-        "log_softmax(logits, dim=-1)",
+        "logits = logits / temperature",
+        "logits = logits * temperature",
         "experiments/test_metrics.py -k 'test_every_measure_of_a_step'",
     ),
     (

@@ -1,15 +1,16 @@
 """How fast the parts are, on CPU with one thread: each against a rival, in turn, in one process.
 
-    python -m experiments.speed                    or some of: log_probs padding entropy_metrics
-                                                   verifier first_step sampling
-    python -m venv .venv-trl && .venv-trl/bin/pip install -r requirements-cpu.txt trl==1.16.0
-    .venv-trl/bin/python -m experiments.speed step      a whole step against TRL, in its own venv
+    python -m experiments.speed                    or some of: log_probs statistics few_shot padding
+                                                   entropy_metrics verifier first_step sampling
+    pip install --target .trl --no-deps trl==1.16.0     beside requirements-cpu.txt and datasets
+    PYTHONPATH=.trl python -m experiments.speed step    a whole step against TRL
 
 A row has the medians of both, and the median and range of rival / ours, pair by pair; above 1 ours
 is faster. Seconds are processor seconds unless the unit says wall: other work on the machine then
 matters little. All rows ever measured are in results/speed.jsonl, the last of each in speed.md.
 """
 
+import functools
 import json
 import os
 import statistics
@@ -19,13 +20,23 @@ import tempfile
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 from rollout import prepare_environment  # first: rollout.py sets what torch reads at import
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    TrainerCallback,
+)
 
 import entropy
 import record
@@ -34,8 +45,8 @@ import train
 import verify
 from data import Problem
 from experiments.runs import table, write_page
-from policy import full_tensors, micro_batches
-from rollout import make_engine
+from policy import Policy, full_tensors, micro_batches
+from rollout import collate, make_engine
 
 RESULTS = Path("experiments/results")
 COLUMNS = ("row", "ours", "rival", "unit", "ratio", "low", "high", "rounds", "date")
@@ -45,6 +56,7 @@ ANSWERS = 8  # to each prompt
 LONGEST = 32  # answer, in tokens
 # The chance of EOS at every token: mean length 8 with a long tail, or all of length LONGEST.
 CHANCE_OF_EOS = {"ragged": 0.12, "full": 1e-9}
+STEP_BUDGET = 1024  # --micro_batch_tokens of the rows "step"
 
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -108,7 +120,7 @@ def seconds_per_work(function):
     return (time.process_time() - start) / work
 
 
-# ---- log-probs, padding, verifier, first step ----------------------------------------------------
+# ---- log-probs, statistics, prompts, padding, verifier, first step -------------------------------
 
 
 def log_probs(folder):
@@ -162,6 +174,124 @@ def memory_of_process(key):
     status = Path("/proc/self/status").read_text()
     kilobytes = status.split(key + ":")[1].split()[0]
     return int(kilobytes) / 2**20
+
+
+def statistics_of_tokens(folder, tokens=512, width=896, vocab=151_936, rounds=5):
+    """The score pass's four statistics against the arithmetic of four separate passes.
+
+    Of given logits, and with the head's product, which is the same for both. Bytes are those of all
+    operations on given logits: what a GPU spends its time on."""
+    logits = 3 * torch.randn(tokens, vocab)
+    hidden = torch.randn(tokens, width)
+    head = torch.nn.Linear(width, vocab, bias=False)
+    token = torch.randint(vocab, (tokens,))
+
+    def ours(hidden, head):
+        wanted = entropy.NEEDED_STATISTICS
+        entropy.token_statistics(hidden, head, token, 1.0, wanted)
+
+    def rival(hidden, head):
+        separate_passes(head(hidden), token, 1.0)
+
+    given = torch.nn.Identity()
+    with torch.no_grad():
+        for name, x, f in (("given logits", logits, given), ("and the head", hidden, head)):
+            pair = functools.partial(ours, x, f), functools.partial(rival, x, f)
+            row = f"statistics, {tokens} tokens, {name}"
+            report(row, *alternate(*pair, rounds=rounds), "cpu s")
+        on_logits = [functools.partial(f, logits, given) for f in (ours, rival)]
+        row = f"statistics, {tokens} tokens, given logits"
+        report(row, *[[peak_memory(f)] for f in on_logits], "GiB")
+        per_logit = [[bytes_moved(f) / logits.numel()] for f in on_logits]
+        report("statistics, read and written, given logits", *per_logit, "bytes per logit")
+
+
+def separate_passes(logits, token, temperature):
+    """entropy.NEEDED_STATISTICS, each from the log-probs by itself."""
+    log_p = torch.log_softmax(logits / temperature, dim=-1)
+    return (
+        log_p.gather(1, token[:, None]).squeeze(1),
+        -(log_p.exp() * log_p).sum(1),
+        (2.0 * log_p).exp().sum(1),
+        ((2.0 * log_p).exp() * log_p).sum(1),
+    )
+
+
+class BytesMoved(TorchDispatchMode):
+    """Counts what operations read and write: each argument and result once. Views move nothing, and
+    a gather reads few."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view and function is not torch.ops.aten.gather.default:
+            for leaf in tree_leaves((args, kwargs, result)):
+                if isinstance(leaf, torch.Tensor):
+                    self.total += leaf.nbytes
+        return result
+
+
+def bytes_moved(function):
+    with BytesMoved() as counter:
+        function()
+    return counter.total
+
+
+def few_shot(folder, rounds=3):
+    """Score and update where each prompt runs once for its 8 answers, against once for each.
+
+    Prompts of 58 tokens, answers of 7 on average. The second model has the layers of SmolLM2-135M,
+    but only 4 of its 30: the head, which prompts do not pass, weighs more than there."""
+    small = LlamaConfig(
+        vocab_size=49_152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=4,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    tiny_config = Qwen2Config(
+        vocab_size=len(tiny.VOCAB), **tiny.SIZES["tiny"], num_key_value_heads=4
+    )
+    models = {
+        "the default's model": (Qwen2ForCausalLM(tiny_config), 32),
+        "4 layers of SmolLM2-135M": (LlamaForCausalLM(small), 8),
+    }
+    for name, (model, prompts) in models.items():
+        ours = Policy(model.eval(), 1.0)
+        rival = Policy(model, 1.0)
+        rival.can_pack = False
+        batch = few_shot_batch(prompts, model.config.vocab_size)
+        pair = (
+            functools.partial(score_and_update, ours, batch),
+            functools.partial(score_and_update, rival, batch),
+        )
+        report(f"few_shot, {name}", *alternate(*pair, rounds=rounds), "cpu s")
+
+
+def few_shot_batch(prompts, vocab, prompt_len=58, response_len=7):
+    """What rollout.collate returns, of random tokens; responses of 3 to 2 * response_len - 3."""
+    generator = np.random.default_rng(0)
+    answers = []
+    for _ in range(prompts):
+        prompt = generator.integers(2, vocab, prompt_len).tolist()
+        for _ in range(ANSWERS):
+            count = generator.integers(3, 2 * response_len - 2)
+            response = generator.integers(2, vocab, count).tolist()
+            answer = dict(prompt=prompt, response=response, log_probs=[0.0] * count)
+            answers.append(answer | dict(reward=0.0, group_accuracy=0.0))
+    return collate(answers, torch.ones(len(answers)), "cpu")
+
+
+def score_and_update(policy, batch):
+    """The two passes of a step with one update, without the optimizer."""
+    given = batch["ids"], batch["prompt_lens"], batch["response_mask"]
+    with torch.no_grad():
+        policy(*given, entropy.NEEDED_STATISTICS)
+    policy(*given)["log_probs"].sum().backward()
+    policy.zero_grad()
 
 
 def padding(folder):
@@ -339,14 +469,28 @@ def entropy_metrics(folder, rounds=5):
     report("entropy_metrics", *zip(*pairs), "cpu s per step")
 
 
+def judge_half_flat(response, gold):
+    """A reward with which about half of the groups are flat: 0 on every other prompt, and a coin,
+    drawn from the answer, on the others."""
+    return float(gold == "coin" and sum(response.encode()) % 2)
+
+
+# The set of methods in train.py whose updates leave out answers without a gradient; GRPO is in it.
+LEAVES_OUT = "NOTHING_AT_ZERO_ADVANTAGE"
+
+
 def step(folder, rounds=5, steps=4):
-    """Against TRL's GRPOTrainer, which must be installed: same model, prompts, lengths, reward."""
+    """Against TRL's GRPOTrainer, which must be installed: same model, prompts, lengths, rewards.
+
+    About half of the groups are flat. Ours with and without leaving these out of the updates."""
     import trl
 
-    problems = tiny.problems("train", PROMPTS)
+    verify.RULES["half_flat"] = judge_half_flat
+    problems = []
     rows = []
-    for problem in problems:
-        gold = json.loads(problem.answer)
+    for i, problem in enumerate(tiny.problems("train", PROMPTS)):
+        gold = ("flat", "coin")[i % 2]
+        problems.append(Problem(problem.prompt, gold, "half_flat"))
         rows.append({"prompt": problem.prompt, "reward_model": {"ground_truth": gold}})
     data = folder / "problems.jsonl"
     data.write_text(record.json_lines(rows))
@@ -354,22 +498,24 @@ def step(folder, rounds=5, steps=4):
         model = model_of(kind, folder)
         for updates in (1, 4):
             arguments = (
-                f"--model {model} --data {data} --max_prompt_len 24 --max_response_len {LONGEST} "
+                f"--model {model} --data {data} --rule half_flat "
+                f"--max_prompt_len 24 --max_response_len {LONGEST} "
                 f"--group_size {ANSWERS} --prompts_per_step {PROMPTS} "
-                f"--updates_per_rollout {updates} --micro_batch_tokens 1024"
+                f"--updates_per_rollout {updates} --micro_batch_tokens {STEP_BUDGET}"
             )
-            ours = []
+            some = []
+            every = []
             rival = []
             for _ in range(rounds):
-                ours.append(our_steps(arguments, folder, steps))
+                some.append(our_steps(arguments, folder, steps))
+                with patch.object(train, LEAVES_OUT, frozenset(), create=True):
+                    every.append(our_steps(arguments, folder, steps))
                 rival.append(trl_steps(model, problems, updates, steps))
-            row = f"step, {kind} answers, updates per rollout: {updates}"
-            for i, unit in enumerate(("cpu s per step", "wall s per step")):
-                seconds_of_ours = [seconds[i] for seconds in ours]
-                seconds_of_rival = [seconds[i] for seconds in rival]
-                report(
-                    row, seconds_of_ours, seconds_of_rival, unit, rival_is=f"TRL {trl.__version__}"
-                )
+            for ours, which in ((some, "flat groups left out"), (every, "all answers run")):
+                row = f"step, {kind} answers, updates per rollout: {updates}, {which}"
+                for i, unit in enumerate(("cpu s per step", "wall s per step")):
+                    pair = [seconds[i] for seconds in ours], [seconds[i] for seconds in rival]
+                    report(row, *pair, unit, rival_is=f"TRL {trl.__version__}")
 
 
 def trl_steps(model, problems, updates, steps):
@@ -385,8 +531,7 @@ def trl_steps(model, problems, updates, steps):
             self.seconds.append((time.process_time(), time.perf_counter()))
 
     def reward(completions, gold, **_):
-        verdicts = [verify.judge_countdown(*pair) for pair in zip(completions, gold)]
-        return [float(verdict == "right") for verdict in verdicts]
+        return [judge_half_flat(*pair) for pair in zip(completions, gold)]
 
     config = trl.GRPOConfig(
         output_dir=model + "-trl",
@@ -498,6 +643,8 @@ class Generate:
 
 ROWS = {
     "log_probs": log_probs,
+    "statistics": statistics_of_tokens,
+    "few_shot": few_shot,
     "padding": padding,
     "entropy_metrics": entropy_metrics,
     "verifier": verifier,
