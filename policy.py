@@ -435,7 +435,8 @@ class Split:
     left_out: list  # lists of rows that no update runs
 
     def all_micro_batches(self):
-        """Every row. A filler stands in two lists, and its second one is that of its update."""
+        """Every row. Those that fill up a list of left_out stand in their update's, too, after it:
+        so what batch_statistics keeps of them is of the list that the update runs."""
         return self.left_out + [rows for update in self.micro_batches for rows in update]
 
 

@@ -5547,14 +5547,18 @@ def test_two_ranks_equal_one_and_fsdp_equals_ddp(toy, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["grpo", "gspo"])
-def test_a_step_without_any_gradient(method, toy, tmp_path):
+def test_a_step_without_any_gradient(method, toy, tmp_path, monkeypatch):
     """No answer is right, so all advantages are 0: an update runs one answer, for AdamW's step."""
-    (tmp_path / "never.jsonl").write_text(countdown_row("7", [13, 13], 7) * 8)
-    args = ("--method", method, "--data", f"{tmp_path}/never.jsonl", "--eval_data none --steps 1")
-    (row,) = toy_run(toy, tmp_path, "never", *args)
+
+    def never(response, gold):
+        return "wrong"
+
+    monkeypatch.setitem(verify.RULES, "never", never)
+    args = f"--method {method} --rule never --eval_data none --steps 1"
+    (row,) = toy_run(toy, tmp_path, "never", args)
     assert row["reward/mean"] == 0 and row["time/left_out_frac"] == 1 - 2 / 32
     assert row["train/loss"] == row["train/grad_norm"] == row["policy/kl_to_rollout"] == 0
-    assert row["train/skipped"] == 0 and row["entropy/change_measured"] == 0
+    assert row["train/skipped"] == 0 and abs(row["entropy/change_measured"]) < 1e-6
 
 
 # What every rank runs: an update on its half of 24 answers, of which the named ones have
@@ -5818,7 +5822,9 @@ def test_a_new_method_is_one_function_and_its_name(toy, tmp_path, monkeypatch, c
     plain = toy_run(toy, tmp_path, "plain")
     same = toy_run(toy, tmp_path, "same", "--method mine --knobs strength=0")
     strong = toy_run(toy, tmp_path, "strong", "--method mine --knobs strength=0.5")
-    assert same[1]["train/grad_norm"] == plain[1]["train/grad_norm"]
+    # GRPO leaves out answers of advantage 0, this one does not: other micro-batches, other rounding
+    expected = pytest.approx(plain[1]["train/grad_norm"], rel=1e-5)
+    assert same[1]["train/grad_norm"] == expected
     assert strong[2]["entropy/response_mean"] > plain[2]["entropy/response_mean"]
     monkeypatch.setattr(sys, "argv", ["diagnose.py", str(tmp_path / "strong")])
     capsys.readouterr()

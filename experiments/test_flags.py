@@ -170,6 +170,19 @@ def differing(a, b):
     return {name for name in names if a.get(name) != b.get(name)}
 
 
+def differing_by_more_than_rounding(a, b):
+    """The same for two methods: where one leaves out answers that the other runs, the log-probs are
+    of other micro-batches."""
+    names = differing(a, b)
+    return {
+        name
+        for name in names
+        if not (
+            name in a and name in b and math.isclose(a[name], b[name], rel_tol=1e-5, abs_tol=1e-6)
+        )
+    }
+
+
 def add_a_rule(monkeypatch):
     """A rule `even`, which rewards answers that are an even digit."""
 
@@ -191,8 +204,9 @@ def test_a_flag_changes_what_it_says_and_nothing_else(
     add_a_rule(monkeypatch)
     words, at_0, at_1 = TOUCHES[flag]
     rows = flag_run(toy, tmp_path, "run", words.replace("BACKWARDS", plain.other))
-    found_0 = differing(rows[0], plain.rows[0])
-    found_1 = differing(rows[1], plain.rows[1])
+    compare = differing_by_more_than_rounding if flag == "method" else differing
+    found_0 = compare(rows[0], plain.rows[0])
+    found_1 = compare(rows[1], plain.rows[1])
     if "eval/" not in at_1:  # the evaluation after step 1 may differ, as the weights do
         found_1 = {name for name in found_1 if not name.startswith("eval/")}
     for found, names in ((found_0, at_0), (found_1, at_1)):
@@ -471,13 +485,14 @@ def test_masks_and_controllers_reach_the_loss(method, idle, acts, plain, toy, tm
     on = flag_run(toy, tmp_path, "on", f"{words} {acts}")[1]
 
     def touched(row):
-        names = differing(row, plain.rows[1])
+        names = differing_by_more_than_rounding(row, plain.rows[1])
         return {name for name in names if not name.startswith(("eval/", "controller/"))}
 
     found = touched(on)
     assert {"train/loss", "train/grad_norm", "entropy/change_measured"} <= found
     assert found <= {*UPDATES, "policy/clip_frac"}
-    assert method == "dcpo" or not touched(off)  # dcpo has no switch; its two targets differ
+    # dcpo has no switch; its two targets differ. The mean of the KL is over the tokens that are run.
+    assert method == "dcpo" or touched(off) <= {"policy/kl_to_rollout"}
     assert on["train/grad_norm"] != off["train/grad_norm"]
 
 
@@ -1153,7 +1168,8 @@ def test_times_are_those_of_the_stages(toy, tmp_path, monkeypatch, no_figures):
     count(TorchEngine, "push_weights", 1_000_000)
     row = toy_run(toy, tmp_path, "run", "--steps 1 --eval_every 1")[1]
     times = {name: value for name, value in row.items() if re.fullmatch("time/[a-z]+_s", name)}
-    expected = dict(rollout=51, score=200, update=20_300, push=1_000_000, step=1_020_551)
+    # a micro-batch for each of two updates, and one of what they leave out
+    expected = dict(rollout=51, score=300, update=20_300, push=1_000_000, step=1_020_651)
     expected |= dict(sample=1, verify=50)
     assert times == {f"time/{name}_s": seconds for name, seconds in expected.items()}
     tokens = row["response/len_mean"] * 32
@@ -1414,7 +1430,7 @@ def test_what_the_engine_and_the_policy_are_told(plain, toy, tmp_path, monkeypat
     words += " --micro_batch_tokens 12 --activation_checkpointing --dtype bfloat16"
     words += " --rollout_gpu_memory 0.7 --trust_remote_code"
     (row,) = flag_run(toy, tmp_path, "other", words)
-    assert all(size <= 12 or rows == 1 for size, rows, _ in forwards) and len(forwards) > 3 * usual
+    assert all(size <= 12 or rows == 1 for size, rows, _ in forwards) and len(forwards) > 2 * usual
     assert all(checkpointed for _, _, checkpointed in forwards)
     near = plain.rows[1]["entropy/token_mean"]
     assert near != row["entropy/token_mean"] == pytest.approx(near, rel=0.05)
