@@ -9,8 +9,9 @@ method:
         python -m verl.trainer.main_ppo algorithm.adv_estimator=grpo \\
         actor_rollout_ref.actor.policy_loss.loss_mode=entropy_control/clip_cov ...
 
-    PYTHONPATH                  the folder that holds both files. From a checkout, without copying:
-                                PYTHONPATH=CHECKOUT VERL_USE_EXTERNAL_MODULES=experiments.in_verl
+    PYTHONPATH                  the full path of the folder with both files; from a checkout,
+                                without copying, the checkout's, with
+                                VERL_USE_EXTERNAL_MODULES=experiments.in_verl
     VERL_USE_EXTERNAL_MODULES   verl imports these modules in every process that imports verl
     ENTROPY_CONTROL_KNOBS       the method's knobs, separated by spaces; may be left out
 
@@ -24,9 +25,9 @@ set them for `ray start` on every node.
 - Weights for the engine mismatch (algorithm.rollout_correction.rollout_is) multiply each token's
   gradient, as in verl. The logged actor/pg_loss is the one without weights.
 - clip_cov and kl_cov choose among the tokens of a micro-batch, as verl's own do.
-- Metrics are named as verl's, actor/pg_clipfrac and actor/ppo_kl, and actor/selected_frac where the
-  method chooses tokens. Each is a mean over the micro-batch's response tokens, because verl averages
-  them over micro-batches and ranks.
+- Metrics are actor/pg_clipfrac and actor/ppo_kl, verl's names, and actor/selected_frac where the
+  method chooses tokens. (verl's own clip_cov calls that share pg_clipfrac.) Each is a mean over the
+  micro-batch's response tokens, because verl averages them over micro-batches and ranks.
 
 verl passes log-probs, advantages and a mask to a policy loss. The methods that need more raise one
 line with the reason when they are chosen: at once where the command line chooses them, else at the
@@ -36,8 +37,8 @@ first update. They need
     steer, quadrant, entropy_advantage, fork_tokens entropies of the policy that sampled
     kl_loss                                         log-probs of the reference
     w_reinforce, dcpo                               rewards
-    par, entropic, flex_clip, and four of these     the rollout batch's entropy and the progress of
-                                                    the run, once per rollout batch
+    par, entropic, flex_clip; also dcpo,            the rollout batch's entropy and the run's
+    adaptive_entropy, aer, siren                    progress, once per rollout batch
     clip_b, clip_v                                  the response mask before the updates
     aepo                                            a second sample
 
