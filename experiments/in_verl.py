@@ -36,7 +36,7 @@ first update. They need
     entropy_bonus, adaptive_entropy, aer, siren     entropies with gradient
     steer, quadrant, entropy_advantage, fork_tokens entropies of the policy that sampled
     kl_loss                                         log-probs of the reference
-    w_reinforce, dcpo                               rewards
+    w_reinforce, dcpo, aer                          rewards
     par, entropic, flex_clip; also dcpo,            the rollout batch's entropy and the run's
     adaptive_entropy, aer, siren                    progress, once per rollout batch
     clip_b, clip_v                                  the response mask before the updates
