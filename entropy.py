@@ -412,13 +412,14 @@ def log_entropy(log_probs, token_entropy, advantages, response_mask):
     if advantages.dim() == 1:
         advantages = advantages[:, None]
     advantages = advantages.expand_as(log_probs)
-    log_probs = torch.where(mask, log_probs.detach().float(), 0.0)
+    log_probs = log_probs.detach().float()
     entropy = torch.where(mask, token_entropy.detach().float(), 0.0)
     p = log_probs.exp()
     change = -advantages * p * (1.0 - p) * (log_probs + entropy)
-    abs_change = change[mask].abs().sum().clamp(min=1e-30)
+    abs_change = change.abs()[mask].sum().clamp(min=1e-30)
     largest_first = token_covariance(log_probs, advantages, mask)[mask].sort(descending=True).values
     means_of_answers = entropy.sum(1) / mask.sum(1)
+    tokens = int(mask.sum())
 
     metrics = {
         "entropy/token_mean": entropy[mask].mean(),
@@ -427,9 +428,9 @@ def log_entropy(log_probs, token_entropy, advantages, response_mask):
         "policy/log_prob_mean": log_probs[mask].mean(),
     }
     for fraction in TOP_FRACTIONS:
-        count = max(1, math.ceil(fraction * len(largest_first)))
+        count = max(1, math.ceil(fraction * tokens))
         metrics[covariance_name(fraction)] = largest_first[:count].mean()
     for name, part in quadrants(log_probs, entropy, advantages, mask).items():
-        metrics[f"quadrant/{name}_frac"] = part.sum() / mask.sum()
+        metrics[f"quadrant/{name}_frac"] = part.sum() / tokens
         metrics[f"quadrant/{name}_dH_share"] = change[part].sum() / abs_change
     return {name: float(value) for name, value in metrics.items()}

@@ -6268,6 +6268,75 @@ def shown_commands():
     return commands
 
 
+def readme_code(first_words):
+    """The names that a code block of the README defines or changes: a function of the names that it
+    is given. The block is the one that begins with first_words."""
+    blocks = (HERE / "README.md").read_text().split("```python\n")[1:]
+    code = [block.split("```")[0] for block in blocks if block.startswith(first_words)]
+    assert len(code) == 1, first_words
+
+    def run(**given):
+        names = dict(given)
+        exec(code[0], names)
+        return names
+
+    return run
+
+
+@pytest.mark.parametrize("frac", [2e-4, 0.1, 1.0])
+def test_the_clip_cov_to_paste_is_ours(frac):
+    """Loss and gradient bit for bit, with tokens outside the ratio clip, and nan on padding."""
+    paste = readme_code("def clip_cov_loss")(torch=torch)["clip_cov_loss"]
+    g = torch.Generator().manual_seed(0)
+    mask = torch.arange(20) < torch.randint(1, 21, (30, 1), generator=g)
+    old = torch.where(mask, -2 * torch.rand(30, 20, generator=g), math.nan)
+    now = old + torch.randn(30, 20, generator=g)
+    A = 2 * torch.randn(30, 1, generator=g).expand(30, 20)
+    found = []
+    for loss_of in (
+        lambda x: paste(x, old, A, mask, 1000, frac=frac, low=0.2, high=4.0),
+        lambda x: losses.clip_cov(
+            x, old, A, mask, cov_frac=frac, cov_low=0.2, cov_high=4.0, num_tokens=1000
+        )[0],
+    ):
+        log_probs = now.clone().requires_grad_()
+        torch.manual_seed(1)
+        loss = loss_of(log_probs)
+        loss.backward()
+        found.append((loss.detach(), log_probs.grad))
+    (pasted, pasted_grad), (ours, our_grad) = found
+    assert pasted == ours and torch.equal(pasted_grad, our_grad)
+    plain = losses.clip_cov(now, old, A, mask, cov_low=1e6, cov_high=1e7, num_tokens=1000)[0]
+    assert ours != plain
+    defaults = inspect.signature(paste).parameters
+    ours = train.default_knobs(losses.clip_cov)
+    for theirs in ("frac", "low", "high"):
+        assert defaults[theirs].default == ours[f"cov_{theirs}"]
+
+
+def test_the_lines_for_another_loop_write_a_run(tmp_path, monkeypatch, capsys):
+    """log_entropy's row is one that diagnose.py reads."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    lines = readme_code('row = {"step"')
+    mask = torch.ones(4, 5, dtype=torch.bool)
+    for step in (1, 2, 3):
+        lines(
+            json=json,
+            step=step,
+            rewards=torch.tensor([0.0, 1.0, 0.0, 1.0]),
+            log_entropy=entropy.log_entropy,
+            log_probs=-torch.rand(4, 5),
+            token_entropy=torch.full((4, 5), 0.5 / step),
+            advantages=torch.tensor([-1.0, 1.0, -1.0, 1.0]),
+            mask=mask,
+        )
+    monkeypatch.setattr(sys, "argv", ["diagnose.py", "metrics.jsonl"])
+    diagnose.main()
+    told = " ".join(capsys.readouterr().out.split())
+    assert "3 steps; entropy fell from 0.500 to 0.167" in told and "Predicted: neg_" in told
+
+
 @pytest.mark.parametrize("command", shown_commands())
 def test_every_command_of_the_readme_parses(command, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 from tqdm import tqdm
@@ -94,6 +95,9 @@ def main():
     args = parser.parse_args()
     part, parts = map(int, args.part.split("/"))
     chosen = [mutant for mutant in MUTANTS if not args.files or mutant[0] in args.files]
+    if find_spec("trl") is None:
+        chosen = [mutant for mutant in chosen if mutant[0] != "experiments/in_trl.py"]
+        print("experiments/in_trl.py is left out: TRL is not installed")
     chosen = chosen[part - 1 :: parts]
     import datasets  # noqa: F401  slow imports, once, before the forks
     import matplotlib.pyplot  # noqa: F401
@@ -3926,6 +3930,139 @@ MUTANTS = [
         "    frozen = count if cfg.lora_rank else 0",
         "    frozen = count",
         "experiments/test_flags.py -k plan",
+    ),
+    # ---- other trainers
+    (
+        "entropy.py",
+        "(1.0 - p) * (log_probs + entropy)",
+        "(log_probs + entropy)",
+        "test_all.py -k log_entropy",
+    ),
+    (
+        "entropy.py",
+        "means_of_answers[mask.any(1)].mean()",
+        "means_of_answers.nan_to_num().mean()",
+        "test_all.py -k log_entropy",
+    ),
+    (
+        "entropy.py",
+        "metrics[covariance_name(fraction)] = largest_first[:count].mean()",
+        "metrics[covariance_name(fraction)] = largest_first[-count:].mean()",
+        "test_all.py -k log_entropy",
+    ),
+    (
+        "entropy.py",
+        "change[part].sum() / abs_change",
+        "change[part].abs().sum() / abs_change",
+        "test_all.py -k log_entropy",
+    ),
+    (
+        "entropy.py",
+        "    entropy = torch.where(mask, token_entropy.detach().float(), 0.0)",
+        "    entropy = token_entropy.detach().float()",
+        "test_all.py -k log_entropy",
+    ),
+    (
+        "experiments/in_trl.py",
+        "part = part * accumulation / self.args.steps_per_generation",
+        "part = part * accumulation",
+        "experiments/test_in_trl.py -k 'grpo_is_trls or same_answers'",
+    ),
+    (
+        "experiments/in_trl.py",
+        "count.clamp(min=1.0) / self.accelerator.num_processes",
+        "count.clamp(min=1.0)",
+        "experiments/test_in_trl.py -k two_processes",
+    ),
+    (
+        "experiments/in_trl.py",
+        "start = self.accelerator.process_index * len(mask)",
+        "start = 0",
+        "experiments/test_in_trl.py -k two_processes",
+    ),
+    (
+        "experiments/in_trl.py",
+        "        if self.model.training:  # an evaluation",
+        "        if True:  # an evaluation",
+        "experiments/test_in_trl.py -k an_evaluation",
+    ),
+    (
+        "experiments/in_trl.py",
+        "        if training:\n            self.begin_row",
+        "        if True:\n            self.begin_row",
+        "experiments/test_in_trl.py -k an_evaluation",
+    ),
+    (
+        "experiments/in_trl.py",
+        "if self.model.training:\n            for name",
+        "if True:\n            for name",
+        "experiments/test_in_trl.py -k an_evaluation",
+    ),
+    (
+        "experiments/in_trl.py",
+        'self.of_one_update(inputs["num_sequences"])',
+        'inputs["num_sequences"]',
+        "experiments/test_in_trl.py -k same_answers",
+    ),
+    (
+        "experiments/in_trl.py",
+        'state["last_update_metrics"] | metrics,',
+        "metrics,",
+        "experiments/test_in_trl.py -k reads_entropy",
+    ),
+    (
+        "experiments/in_trl.py",
+        "self.state.global_step / self.state.max_steps",
+        "self.state.global_step",
+        "experiments/test_in_trl.py -k reads_entropy",
+    ),
+    (
+        "experiments/in_trl.py",
+        "self.loss_knobs | {name: value for name, value in state.items() if name in names}",
+        "self.loss_knobs",
+        "experiments/test_in_trl.py -k reads_entropy",
+    ),
+    (
+        "experiments/in_trl.py",
+        "        self.method_state = state\n",
+        "",
+        "experiments/test_in_trl.py -k survives",
+    ),
+    (
+        "experiments/in_trl.py",
+        ' if row["step"] <= state["step"]]',
+        "]",
+        "experiments/test_in_trl.py -k survives",
+    ),
+    (
+        "experiments/in_trl.py",
+        'scale_gradient(log_probs, inputs["importance_sampling_ratio"])',
+        "log_probs",
+        "experiments/test_in_trl.py -k importance_weights",
+    ),
+    (
+        "experiments/in_trl.py",
+        'mask = mask * batch["tool_mask"]',
+        "mask = mask",
+        "experiments/test_in_trl.py -k tools",
+    ),
+    (
+        "experiments/in_trl.py",
+        'means = self.accelerator.reduce(sums, reduction="mean") / updates',
+        'means = self.accelerator.reduce(sums, reduction="mean")',
+        "experiments/test_in_trl.py -k trls_numbers",
+    ),
+    (
+        "experiments/in_trl.py",
+        "tiny.KNOBS.get(method, []) + settings",
+        "settings",
+        "experiments/test_in_trl.py -k knobs_are_read",
+    ),
+    (
+        "experiments/in_trl.py",
+        "    missing = [name for name in wanted if name not in TENSORS]",
+        "    missing = []",
+        "experiments/test_in_trl.py -k are_refused",
     ),
 ]
 

@@ -1,4 +1,4 @@
-"""The methods of losses.py in TRL's trainer. TRL has an environment of its own: .ci/run installs it
+"""The methods of losses.py in TRL's trainer. TRL is not among the requirements: .ci/run installs it
 after the other tests, which run without."""
 
 import json
@@ -97,7 +97,7 @@ def config_of(folder, **settings):
     return GRPOConfig(**(usual | settings))
 
 
-def run(base, folder, method=None, knobs=None, resume=None, **settings):
+def run(base, folder, method=None, knobs=None, resume=None, eval_dataset=None, **settings):
     """Trains, by TRL's own loss without a method. Returns the trainer."""
     if method == "kl_loss":
         settings["beta"] = 1.0
@@ -107,6 +107,7 @@ def run(base, folder, method=None, knobs=None, resume=None, **settings):
         has_digit,
         config_of(folder, **settings),
         Dataset.from_list(prompts),
+        eval_dataset,
     )
     tokenizer = AutoTokenizer.from_pretrained(base)
     if method is None:
@@ -160,46 +161,67 @@ def test_one_update_per_generation_batch(base, tmp_path):
     assert distance(run(base, tmp_path, "steer", ACTING["steer"], **once), plain) > 1e-4
 
 
+def spy(
+    log_probs,
+    old_log_probs,
+    advantages,
+    mask,
+    *,
+    token_entropy,
+    old_token_entropy,
+    rewards,
+    group_accuracy,
+    num_sequences,
+    num_tokens=None,
+):
+    """GRPO that keeps what it was given, in spy.calls, and checks that reward and group accuracy
+    are those of the rows: they give the advantage."""
+    std = (group_accuracy * (1 - group_accuracy) * GROUP / (GROUP - 1)).sqrt()
+    expected = (rewards - group_accuracy) / (std + 1e-4)
+    assert torch.allclose(advantages, expected, atol=1e-4)
+    spy.calls.append(locals())
+    return grpo(log_probs, old_log_probs, advantages, mask, num_tokens=num_tokens)
+
+
 def test_tensors_and_counts_are_of_the_same_answers(base, tmp_path, monkeypatch):
-    """TRL shuffles the answers. Reward and group accuracy must still give each its advantage, and
-    the old entropy be that of the row before the first update."""
-    seen = []
-
-    def spy(
-        log_probs,
-        old_log_probs,
-        advantages,
-        mask,
-        *,
-        token_entropy,
-        old_token_entropy,
-        rewards,
-        group_accuracy,
-        num_sequences,
-        num_tokens=None,
-    ):
-        seen.append({name: value for name, value in locals().items() if name != "seen"})
-        return grpo(log_probs, old_log_probs, advantages, mask, num_tokens=num_tokens)
-
+    """TRL shuffles the answers; spy checks the rows. The old entropy is that before the first
+    update."""
     monkeypatch.setitem(METHODS, "spy", spy)
+    spy.calls = []
     run(base, tmp_path, "spy", steps_per_generation=4, num_iterations=1, max_steps=2)
-    assert len(seen) == 4
-    for call in seen:
-        share = call["group_accuracy"]
-        std = (share * (1 - share) * GROUP / (GROUP - 1)).sqrt()
-        expected = (call["rewards"] - share) / (std + 1e-4)
-        assert torch.allclose(call["advantages"], expected, atol=1e-4)
+    assert len(spy.calls) == 4
+    for call in spy.calls:
         assert call["mask"].dtype == torch.bool
         assert call["num_sequences"] == 2 * 2 * GROUP  # of one optimizer step: two micro-batches
-    assert any(call["advantages"].any() for call in seen)
-    first, _, second, _ = seen
+    assert any(call["advantages"].any() for call in spy.calls)
+    first, _, second, _ = spy.calls
     mask = first["mask"]
     assert torch.allclose(first["token_entropy"][mask], first["old_token_entropy"][mask], atol=1e-5)
     mask = second["mask"]
     moved = second["token_entropy"] - second["old_token_entropy"]
     assert moved[mask].abs().max() > 1e-3  # after the first update
-    tokens = sum(call["mask"].sum() for call in seen)
-    assert all(call["num_tokens"] == tokens / 2 for call in seen)
+    tokens = sum(call["mask"].sum() for call in spy.calls)
+    assert all(call["num_tokens"] == tokens / 2 for call in spy.calls)
+
+
+def test_an_evaluation_is_trls_own_and_moves_nothing(base, tmp_path, plain):
+    """It is neither split into updates nor a step; the controller stays."""
+    prompts = Dataset.from_list([{"prompt": p.prompt} for p in tiny.problems("test", 4)])
+    settings = dict(eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=2 * GROUP)
+    theirs = run(base, tmp_path, loss_type="dapo", eval_dataset=prompts, **settings)
+    ours = run(base, tmp_path, "grpo", eval_dataset=prompts, **settings)
+    assert distance(ours, theirs) == 0.0
+    losses = []
+    for trainer in (ours, theirs):
+        logs = trainer.state.log_history
+        losses.append([entry["eval_loss"] for entry in logs if "eval_loss" in entry])
+    assert losses[0] == losses[1] and len(losses[0]) == 2 and all(losses[0])
+    knobs = ACTING["adaptive_entropy"]
+    held = run(base, tmp_path, "adaptive_entropy", knobs, eval_dataset=prompts, **settings)
+    assert [row["controller/c"] for row in held.rows] == pytest.approx([0.1, 0.2])
+    assert held.rows[0]["policy/kl_to_rollout"] == pytest.approx(
+        run(base, tmp_path, "adaptive_entropy", knobs).rows[0]["policy/kl_to_rollout"]
+    )
 
 
 def test_a_controllers_state_survives_a_resume(base, tmp_path):
@@ -353,13 +375,16 @@ def test_knobs_are_read_as_train_py_reads_them():
 TWO_RANKS = """
 import sys
 import torch.distributed as dist
-from experiments.test_in_trl import GROUP, distance, run
+from experiments.test_in_trl import GROUP, METHODS, distance, run, spy
 base, folder = sys.argv[1:]
 settings = dict(per_device_train_batch_size=GROUP, ddp_find_unused_parameters=False)
 ours = run(base, folder, "grpo", **settings)
 theirs = run(base, folder, loss_type="dapo", **settings)
-bonus = run(base, folder, "aer", {"target_ratio": 2.0, "rate": 0.1, "hard_below": 1.0}, **settings)
-print("RESULT", distance(ours, theirs), distance(ours, bonus), ours.rows[0]["policy/clip_frac"])
+METHODS["spy"] = spy
+spy.calls = []
+run(base, folder, "spy", **settings)
+num_sequences = float(spy.calls[0]["num_sequences"])
+print("RESULT", distance(ours, theirs), ours.rows[0]["policy/clip_frac"], num_sequences)
 dist.destroy_process_group()
 """
 
@@ -382,7 +407,7 @@ def test_two_processes_are_trls_own_too(base, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     found = [line.split()[1:] for line in result.stdout.splitlines() if "RESULT" in line]
     assert len(found) == 2
-    for own, bonus, clipped in found:
+    for own, clipped, num_sequences in found:
         assert float(own) == 0.0
-        assert float(bonus) > 1e-4
         assert float(clipped) > 0
+        assert float(num_sequences) == 2 * GROUP  # two micro-batches of this rank
