@@ -8,7 +8,8 @@ more.
 
     pip install trl==1.16.0 -c requirements-cpu.txt
     python -m experiments.in_trl --method clip_cov --steps 60     the embedded default, in runs/
-    python -m experiments.in_trl --figure                         results/in_trl.png
+    python -m experiments.in_trl --commit                         keeps its metrics in results/
+    python -m experiments.in_trl --figure                         results/in_trl.png and .md
 
 In TRL an optimizer step is `gradient_accumulation_steps` micro-batches; `steps_per_generation`
 micro-batches share a generation batch, `num_iterations` times. One step of ours is one generation
@@ -450,25 +451,73 @@ def read_knobs(method, settings):
     return loss_knobs | rule_knobs
 
 
-def draw_figure(runs):
-    """results/in_trl.png: the runs in the folder, against train.py's committed ones."""
-    from diagnose import plot_curves, read_metrics
+PANELS = {
+    "entropy/response_mean": "policy entropy (nats per token)",
+    "reward/mean": "training reward (mean)",
+    "policy/clip_frac": "clipped tokens (fraction)",
+    "policy/selected_frac": "tokens that Clip-Cov dropped (fraction)",
+}
+
+
+def commit_runs(out):
+    """Keeps the figure's metrics of all TRL runs in a folder, as results/in_trl.jsonl."""
+    from diagnose import read_metrics
+    from experiments.runs import RESULTS
+
+    lines = []
+    for run in sorted(Path(out).glob("*-trl-seed*")):
+        for row in read_metrics(run):
+            kept = {key: float(f"{row[key]:.4g}") for key in PANELS if key in row}
+            lines.append(json.dumps({"run": run.name, "step": row["step"]} | kept) + "\n")
+    (RESULTS / "in_trl.jsonl").write_text("".join(lines))
+
+
+def figure_runs():
+    """{label: [rows, a list per seed]} of train.py's committed runs and TRL's, the same steps."""
+    from diagnose import read_runs
     from experiments.runs import RESULTS, read_committed
 
     committed = read_committed()
+    in_trl = read_runs(RESULTS / "in_trl.jsonl")
     shown = {}
     for method, setting in (("grpo", "grpo"), ("clip_cov", "clip_cov-0.02")):
-        ours = [committed[f"{setting}-seed{seed}"] for seed in range(3)]
-        theirs = [read_metrics(run) for run in sorted(Path(runs).glob(f"{method}-trl-seed*"))]
-        for label, seeds in ((f"{method}, train.py", ours), (f"{method}, TRL", theirs)):
+        of_train_py = [committed[f"{setting}-seed{seed}"] for seed in range(3)]
+        of_trl = [rows for name, rows in in_trl.items() if name.startswith(f"{method}-trl")]
+        for label, seeds in ((f"{method}, train.py", of_train_py), (f"{method}, TRL", of_trl)):
             shown[label] = [[row for row in rows if 0 < row["step"] <= STEPS] for rows in seeds]
-    panels = {
-        "entropy/response_mean": "policy entropy (nats per token)",
-        "reward/mean": "training reward (mean)",
-        "policy/clip_frac": "clipped tokens (fraction)",
-        "policy/selected_frac": "tokens that Clip-Cov dropped (fraction)",
-    }
-    plot_curves(shown, RESULTS / "in_trl.png", panels)
+    return shown
+
+
+def figure_table(shown):
+    from experiments.runs import table
+
+    lines = []
+    for label, seeds in shown.items():
+        lines.append([label, len(seeds), *(means_at_the_end(seeds, key) for key in PANELS)])
+    return table(["mean of the last 10 steps", "seeds", *PANELS], lines)
+
+
+def draw_figure():
+    """results/in_trl.png, and the table of in_trl.md."""
+    from diagnose import plot_curves
+    from experiments.runs import RESULTS, write_page
+
+    shown = figure_runs()
+    plot_curves(shown, RESULTS / "in_trl.png", PANELS)
+    command = "`python -m experiments.in_trl --figure`"
+    write_page(RESULTS / "in_trl.md", command, figure_table(shown))
+
+
+def means_at_the_end(seeds, key):
+    """A metric's mean over the last ten steps: of all seeds, and their range."""
+    means = []
+    for rows in seeds:
+        values = [row[key] for row in rows[-10:] if key in row]
+        if values:
+            means.append(sum(values) / len(values))
+    if not means:
+        return "–"
+    return f"{sum(means) / len(means):.3f} ({min(means):.3f} to {max(means):.3f})"
 
 
 def main():
@@ -478,10 +527,13 @@ def main():
     parser.add_argument("--steps", type=int, default=STEPS, help="generation batches")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="runs", help="the run is OUT/METHOD-trl-seedSEED")
-    parser.add_argument("--figure", action="store_true", help="draw results/in_trl.png from OUT")
+    parser.add_argument("--commit", action="store_true", help="keep OUT's runs in results/")
+    parser.add_argument("--figure", action="store_true", help="draw results/in_trl.png of these")
     args = parser.parse_args()
+    if args.commit:
+        return commit_runs(args.out)
     if args.figure:
-        return draw_figure(args.out)
+        return draw_figure()
     folder = Path(args.out, f"{args.method}-trl-seed{args.seed}")
     try:
         knobs = read_knobs(args.method, args.knobs)

@@ -20,10 +20,11 @@ from trl import GRPOConfig, GRPOTrainer
 
 import diagnose
 import tiny
-from experiments import in_trl
+from experiments import in_trl, runs
 from experiments.in_trl import MethodTrainer, read_method
 from losses import IDLE_WITH_ONE_UPDATE, METHODS, grpo
 
+ROOT = Path(__file__).resolve().parents[1]
 GROUP = 4
 REFUSED = ("clip_b", "clip_v", "aepo", "dcpo", "siren")
 # Knobs with which a method differs from GRPO on the toy's few tokens, at GRPO's clip bounds.
@@ -204,24 +205,32 @@ def test_tensors_and_counts_are_of_the_same_answers(base, tmp_path, monkeypatch)
     assert all(call["num_tokens"] == tokens / 2 for call in spy.calls)
 
 
-def test_an_evaluation_is_trls_own_and_moves_nothing(base, tmp_path, plain):
-    """It is neither split into updates nor a step; the controller stays."""
+def test_an_evaluation_is_trls_own_and_moves_nothing(base, tmp_path):
+    """It is neither split into updates nor a step, and adds nothing to the row that it interrupts;
+    the controller stays."""
     prompts = Dataset.from_list([{"prompt": p.prompt} for p in tiny.problems("test", 4)])
-    settings = dict(eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=2 * GROUP)
-    theirs = run(base, tmp_path, loss_type="dapo", eval_dataset=prompts, **settings)
-    ours = run(base, tmp_path, "grpo", eval_dataset=prompts, **settings)
+    settings = dict(
+        eval_dataset=prompts,
+        eval_strategy="steps",
+        eval_steps=1,
+        per_device_eval_batch_size=2 * GROUP,
+        steps_per_generation=4,
+        num_iterations=1,
+        logging_steps=2,
+    )
+    theirs = run(base, tmp_path, loss_type="dapo", **settings)
+    ours = run(base, tmp_path, "grpo", **settings)
     assert distance(ours, theirs) == 0.0
     losses = []
     for trainer in (ours, theirs):
         logs = trainer.state.log_history
         losses.append([entry["eval_loss"] for entry in logs if "eval_loss" in entry])
-    assert losses[0] == losses[1] and len(losses[0]) == 2 and all(losses[0])
+    assert losses[0] == losses[1] and len(losses[0]) == 4 and losses[0][0] != 0
+    logged = [entry["loss"] for entry in ours.state.log_history if "loss" in entry]
+    assert logged == pytest.approx([row["train/loss"] for row in ours.rows], rel=1e-3, abs=1e-6)
     knobs = ACTING["adaptive_entropy"]
-    held = run(base, tmp_path, "adaptive_entropy", knobs, eval_dataset=prompts, **settings)
+    held = run(base, tmp_path, "adaptive_entropy", knobs, **settings)
     assert [row["controller/c"] for row in held.rows] == pytest.approx([0.1, 0.2])
-    assert held.rows[0]["policy/kl_to_rollout"] == pytest.approx(
-        run(base, tmp_path, "adaptive_entropy", knobs).rows[0]["policy/kl_to_rollout"]
-    )
 
 
 def test_a_controllers_state_survives_a_resume(base, tmp_path):
@@ -372,6 +381,24 @@ def test_knobs_are_read_as_train_py_reads_them():
     assert in_trl.read_knobs("par", ["schedule=stage"])["schedule"] == "stage"
 
 
+def test_the_committed_page_has_the_committed_runs():
+    page = (ROOT / "experiments" / "results" / "in_trl.md").read_text()
+    shown = in_trl.figure_runs()
+    assert all(len(rows) == in_trl.STEPS for seeds in shown.values() for rows in seeds)
+    assert in_trl.figure_table(shown) in page
+
+
+def test_runs_are_committed_with_the_metrics_of_the_figure(tmp_path, monkeypatch):
+    rows = [{"step": 1, "reward/mean": 0.123456, "train/loss": 1.0}]
+    (tmp_path / "grpo-trl-seed3").mkdir()
+    file = tmp_path / "grpo-trl-seed3" / in_trl.METRICS_FILE
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
+    in_trl.commit_runs(tmp_path)
+    kept = diagnose.read_runs(tmp_path / "in_trl.jsonl")
+    assert kept == {"grpo-trl-seed3": [{"step": 1, "reward/mean": 0.1235}]}
+
+
 TWO_RANKS = """
 import sys
 import torch.distributed as dist
@@ -394,12 +421,11 @@ def test_two_processes_are_trls_own_too(base, tmp_path):
     """The normaliser's division by the ranks, and rewards of this rank's answers."""
     script = tmp_path / "two.py"
     script.write_text(TWO_RANKS)
-    root = Path(in_trl.__file__).parents[1]
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = subprocess.run(
         [*words, str(script), base, str(tmp_path)],
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": ":".join([str(root), *sys.path])},
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": ":".join([str(ROOT), *sys.path])},
         capture_output=True,
         text=True,
         timeout=300,
