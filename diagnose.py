@@ -167,7 +167,9 @@ METRICS = {
     "entropy/change_predicted": (
         "nats per token, up to the step size",
         "The mean over all tokens of the exact first-order change by one policy-gradient step: "
-        "its sign and course compare with the measured one, its size does not.",
+        "its sign and course compare with the measured one, its size does not. Where "
+        "entropy.log_entropy wrote it, for another trainer: by theorem 1 of STEER, in which the "
+        "sampled token's logit moves alone.",
     ),
     "entropy/peak_mean": ("nats", "The mean nucleus entropy of the peak tokens of siren."),
     "policy/log_prob_mean": ("nats per token", "The mean log-prob of the sampled tokens."),
@@ -227,7 +229,8 @@ METRICS = {
         "fraction, with a sign",
         "The part of the predicted first-order entropy change that the tokens of quadrant Q make "
         "(pos or neg: the sign of A; likely or rare: p against e^-H), over the sum of |dH|. Below "
-        "0 they take entropy, above 0 they add some; the four do not add up to 1.",
+        "0 they take entropy, above 0 they add some; the four do not add up to 1. Where "
+        "entropy.log_entropy wrote it: by theorem 1 of STEER.",
     ),
     "rollout/mismatch_mean": (
         "nats per token",

@@ -292,6 +292,11 @@ NEEDED_STATISTICS = ("log_probs", "token_entropy", "sum_p2", "sum_p2_log_p")  # 
 TOP_FRACTIONS = (0.0002, 0.002, 0.02, 0.2, 1.0)  # of the tokens, by covariance; 1.0 is all
 
 
+def covariance_name(fraction):
+    """The metric of the mean of this share of the token covariances, the largest."""
+    return "policy/cov_mean" if fraction == 1 else f"policy/cov_top_{fraction:g}"
+
+
 def this_rank_only(values):
     """Sum over ranks where there is one: the tensor itself."""
     return values
@@ -358,8 +363,7 @@ def entropy_metrics(
         "policy/log_prob_mean": sums["log_prob"] / tokens,
     }
     for fraction in TOP_FRACTIONS:
-        name = "cov_mean" if fraction == 1 else f"cov_top_{fraction:g}"
-        metrics[f"policy/{name}"] = sums[f"cov_top_{fraction}"] / tokens
+        metrics[covariance_name(fraction)] = sums[f"cov_top_{fraction}"] / tokens
     for name in QUADRANTS:
         metrics[f"quadrant/{name}_frac"] = sums[f"{name}_tokens"] / tokens
         share = sums[f"{name}_change"] / sums["abs_change"] if sums["abs_change"] else 0.0
@@ -420,3 +424,50 @@ def group_covariance(
         if prompts.any():
             metrics[f"policy/group_cov_{name}"] = float(cov[prompts].mean())
     return metrics
+
+
+# ---- metrics for another trainer -----------------------------------------------------------------
+
+
+def log_entropy(log_probs, token_entropy, advantages, response_mask):
+    """What the tokens of a batch say about the entropy, for any trainer: {metric: float}, named as
+    in `python diagnose.py --legend`; {} if the mask is empty.
+
+    log_probs, token_entropy (B, T), nats: of the policy that sampled, so before the updates, at the
+    sampling temperature; advantages (B, T), (B, 1) or (B,); response_mask (B, T), bool or 0 and 1.
+
+    As entropy_metrics, but from what every trainer has. Without sum_v p_v^2 log p_v the exact
+    change cannot be had. So each token's change is that of "steer theorem" (see change_estimates),
+    in which the sampled token's logit moves alone; the "released" form lacks the factor p, and the
+    rarest tokens decide its sums. All means are over the tokens given: with several ranks gather
+    the tensors first. Tokens in no quadrant have A = 0, as in groups that are all right or all
+    wrong.
+    """
+    mask = response_mask.bool()
+    if not mask.any():
+        return {}
+    if advantages.dim() == 1:
+        advantages = advantages[:, None]
+    advantages = advantages.expand_as(log_probs)
+    log_probs = log_probs.detach().float()
+    entropy = torch.where(mask, token_entropy.detach().float(), 0.0)
+    p = log_probs.exp()
+    change = -advantages * p * (1.0 - p) * (log_probs + entropy)
+    abs_change = change.abs()[mask].sum().clamp(min=1e-30)
+    largest_first = token_covariance(log_probs, advantages, mask)[mask].sort(descending=True).values
+    means_of_answers = entropy.sum(1) / mask.sum(1)
+    tokens = int(mask.sum())
+
+    metrics = {
+        "entropy/token_mean": entropy[mask].mean(),
+        "entropy/response_mean": means_of_answers[mask.any(1)].mean(),
+        "entropy/change_predicted": change[mask].mean(),
+        "policy/log_prob_mean": log_probs[mask].mean(),
+    }
+    for fraction in TOP_FRACTIONS:
+        count = max(1, math.ceil(fraction * tokens))
+        metrics[covariance_name(fraction)] = largest_first[:count].mean()
+    for name, part in quadrants(log_probs, entropy, advantages, mask).items():
+        metrics[f"quadrant/{name}_frac"] = part.sum() / tokens
+        metrics[f"quadrant/{name}_dH_share"] = change[part].sum() / abs_change
+    return {name: float(value) for name, value in metrics.items()}

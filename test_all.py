@@ -3630,6 +3630,70 @@ def test_entropy_metrics_by_hand():
     assert math.isclose(m["policy/cov_top_0.2"], cov.max(), rel_tol=1e-5)
 
 
+def test_log_entropy_by_hand():
+    """The same rows as above, with advantages (B,), an integer mask and nan on padding. The change
+    is -A p (1 - p)(log p + H)."""
+    nan = math.nan
+    p = torch.tensor([[0.9, 0.5, 0.1], [0.5, nan, nan], [nan, nan, nan]])
+    H = torch.tensor([[0.3, 0.6, 2.0], [0.5, nan, nan], [nan, nan, nan]])
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]])
+    log_probs = p.log().requires_grad_()
+    m = entropy.log_entropy(log_probs, H, torch.tensor([1.0, -2.0, 1.0]), mask)
+    pos_likely = -0.9 * 0.1 * (math.log(0.9) + 0.3)
+    pos_rare = -0.5 * 0.5 * (math.log(0.5) + 0.6) - 0.1 * 0.9 * (math.log(0.1) + 2.0)
+    neg_rare = 2 * 0.5 * 0.5 * (math.log(0.5) + 0.5)
+    size = abs(pos_likely) + pos_rare + abs(neg_rare)
+    mean_log_p = math.log(0.9 * 0.5 * 0.1 * 0.5) / 4
+    largest = (math.log(0.9) - mean_log_p) * (1.0 - 0.25)  # mean A = (1 + 1 + 1 - 2) / 4
+    cov_mean = 0.0
+    for q, A in ((0.9, 1), (0.5, 1), (0.1, 1), (0.5, -2)):
+        cov_mean += (math.log(q) - mean_log_p) * (A - 0.25) / 4
+    expected = {
+        "entropy/token_mean": (0.3 + 0.6 + 2.0 + 0.5) / 4,
+        "entropy/response_mean": ((0.3 + 0.6 + 2.0) / 3 + 0.5) / 2,  # the empty answer is none
+        "entropy/change_predicted": (pos_likely + pos_rare + neg_rare) / 4,
+        "policy/log_prob_mean": mean_log_p,
+        "policy/cov_top_0.0002": largest,
+        "policy/cov_top_0.002": largest,
+        "policy/cov_top_0.02": largest,
+        "policy/cov_top_0.2": largest,
+        "policy/cov_mean": cov_mean,
+        "quadrant/pos_likely_frac": 0.25,
+        "quadrant/pos_likely_dH_share": pos_likely / size,
+        "quadrant/pos_rare_frac": 0.5,
+        "quadrant/pos_rare_dH_share": pos_rare / size,
+        "quadrant/neg_likely_frac": 0.0,
+        "quadrant/neg_likely_dH_share": 0.0,
+        "quadrant/neg_rare_frac": 0.25,
+        "quadrant/neg_rare_dH_share": neg_rare / size,
+    }
+    assert m.keys() == expected.keys()
+    for name, value in expected.items():
+        assert math.isclose(m[name], value, rel_tol=1e-5, abs_tol=1e-7), name
+    assert entropy.log_entropy(log_probs, H, torch.ones(3), torch.zeros(3, 3)) == {}
+    flat = entropy.log_entropy(log_probs, H, torch.zeros(3, 1), mask)  # all right, or all wrong
+    assert [flat[f"quadrant/{q}_dH_share"] for q in entropy.QUADRANTS] == [0.0] * 4
+
+
+def test_log_entropy_says_what_entropy_metrics_says():
+    """All but the predicted change, which has another estimate."""
+    g = torch.Generator().manual_seed(0)
+    mask = torch.arange(30) < torch.randint(1, 31, (40, 1), generator=g)
+    log_probs = -torch.rand(40, 30, generator=g)
+    H = torch.rand(40, 30, generator=g)
+    A = torch.randn(40, 1, generator=g).expand(40, 30)
+    accuracy = torch.full_like(H, 0.5)
+    old = dict(log_probs=log_probs, token_entropy=H, sum_p2=H, sum_p2_log_p=-H)
+    expected = entropy.entropy_metrics(old, A, mask, accuracy, 4, one_rank)
+    found = entropy.log_entropy(log_probs, H, A, mask)
+    same = [name for name in found if "dH_share" not in name and "predicted" not in name]
+    assert len(same) == len(found) - 5 == 12
+    for name in same:
+        assert math.isclose(found[name], expected[name], rel_tol=1e-4, abs_tol=1e-6), name
+    theorem = entropy.change_estimates(log_probs, H, H, H, A, mask)["steer theorem"][mask]
+    assert math.isclose(found["entropy/change_predicted"], theorem.mean(), rel_tol=1e-4)
+
+
 def test_the_largest_covariances_are_averaged_by_their_share():
     many = torch.rand(50, 100).clamp(min=1e-3)
     A = torch.randn(50, 1).expand(50, 100)
@@ -6658,6 +6722,75 @@ def shown_commands():
                 if "train.py --" in command and " -> " not in command:
                     commands.append(command)
     return commands
+
+
+def readme_code(first_words):
+    """The names that a code block of the README defines or changes: a function of the names that it
+    is given. The block is the one that begins with first_words."""
+    blocks = (HERE / "README.md").read_text().split("```python\n")[1:]
+    code = [block.split("```")[0] for block in blocks if block.startswith(first_words)]
+    assert len(code) == 1, first_words
+
+    def run(**given):
+        names = dict(given)
+        exec(code[0], names)
+        return names
+
+    return run
+
+
+@pytest.mark.parametrize("frac", [2e-4, 0.1, 1.0])
+def test_the_clip_cov_to_paste_is_ours(frac):
+    """Loss and gradient bit for bit, with tokens outside the ratio clip, and nan on padding."""
+    paste = readme_code("def clip_cov_loss")(torch=torch)["clip_cov_loss"]
+    g = torch.Generator().manual_seed(0)
+    mask = torch.arange(20) < torch.randint(1, 21, (30, 1), generator=g)
+    old = torch.where(mask, -2 * torch.rand(30, 20, generator=g), math.nan)
+    now = old + torch.randn(30, 20, generator=g)
+    A = 2 * torch.randn(30, 1, generator=g).expand(30, 20)
+    found = []
+    for loss_of in (
+        lambda x: paste(x, old, A, mask, 1000, frac=frac, low=0.2, high=4.0),
+        lambda x: losses.clip_cov(
+            x, old, A, mask, cov_frac=frac, cov_low=0.2, cov_high=4.0, num_tokens=1000
+        )[0],
+    ):
+        log_probs = now.clone().requires_grad_()
+        torch.manual_seed(1)
+        loss = loss_of(log_probs)
+        loss.backward()
+        found.append((loss.detach(), log_probs.grad))
+    (pasted, pasted_grad), (ours, our_grad) = found
+    assert pasted == ours and torch.equal(pasted_grad, our_grad)
+    plain = losses.clip_cov(now, old, A, mask, cov_low=1e6, cov_high=1e7, num_tokens=1000)[0]
+    assert ours != plain
+    defaults = inspect.signature(paste).parameters
+    ours = train.default_knobs(losses.clip_cov)
+    for theirs in ("frac", "low", "high"):
+        assert defaults[theirs].default == ours[f"cov_{theirs}"]
+
+
+def test_the_lines_for_another_loop_write_a_run(tmp_path, monkeypatch, capsys):
+    """log_entropy's row is one that diagnose.py reads."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    lines = readme_code('row = {"step"')
+    mask = torch.ones(4, 5, dtype=torch.bool)
+    for step in (1, 2, 3):
+        lines(
+            json=json,
+            step=step,
+            rewards=torch.tensor([0.0, 1.0, 0.0, 1.0]),
+            log_entropy=entropy.log_entropy,
+            log_probs=-torch.rand(4, 5),
+            token_entropy=torch.full((4, 5), 0.5 / step),
+            advantages=torch.tensor([-1.0, 1.0, -1.0, 1.0]),
+            mask=mask,
+        )
+    monkeypatch.setattr(sys, "argv", ["diagnose.py", "metrics.jsonl"])
+    diagnose.main()
+    told = " ".join(capsys.readouterr().out.split())
+    assert "3 steps; entropy fell from 0.500 to 0.167" in told and "Predicted: neg_" in told
 
 
 @pytest.mark.parametrize("command", shown_commands())

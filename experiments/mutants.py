@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 from tqdm import tqdm
@@ -94,6 +95,9 @@ def main():
     args = parser.parse_args()
     part, parts = map(int, args.part.split("/"))
     chosen = [mutant for mutant in MUTANTS if not args.files or mutant[0] in args.files]
+    if find_spec("trl") is None:
+        chosen = [mutant for mutant in chosen if mutant[0] != "experiments/in_trl.py"]
+        print("experiments/in_trl.py is left out: TRL is not installed")
     chosen = chosen[part - 1 :: parts]
     import datasets  # noqa: F401  slow imports, once, before the forks
     import matplotlib.pyplot  # noqa: F401
@@ -2146,12 +2150,6 @@ MUTANTS = [
     # ---- memory.py and what it is used for
     (
         "memory.py",
-        "held = n / ranks if sharded else n",
-        "held = n",
-        "experiments/test_flags.py -k the_plan_reckons",
-    ),
-    (
-        "memory.py",
         "size.layers * layer_input * tokens",
         "size.layers * whole * tokens",
         "experiments/test_flags.py -k the_plan_reckons",
@@ -2172,12 +2170,6 @@ MUTANTS = [
         "memory.py",
         'parts["engine weights"] = b * n / cfg.rollout_tp',
         'parts["engine weights"] = b * n',
-        "experiments/test_flags.py -k the_plan_reckons",
-    ),
-    (
-        "memory.py",
-        "        in_use = b * n if autocast else 0\n",
-        "        in_use = 0\n",
         "experiments/test_flags.py -k the_plan_reckons",
     ),
     (
@@ -4017,39 +4009,15 @@ MUTANTS = [
     ),
     (
         "train.py",
-        "with clear_errors():  # a --lora_rank",
-        "with nullcontext():  # a --lora_rank",
-        "test_all.py -k bad_ranks",
-    ),
-    (
-        "train.py",
         '    if cfg.lora_rank and not find_spec("peft"):',
         "    if False:",
         "test_all.py -k lora_without_peft",
-    ),
-    (
-        "train.py",
-        "bool(ref_names) and not cfg.lora_rank",
-        "bool(ref_names)",
-        "test_all.py -k dry_run_of_lora_plans",
     ),
     (
         "record.py",
         '    before = {"lora_rank": 0} | saved_settings',
         "    before = saved_settings",
         "test_all.py -k not_resumed_with_lora",
-    ),
-    (
-        "record.py",
-        "checkpoint = 12 * trained + 4 * frozen",
-        "checkpoint = 12 * trained",
-        "test_all.py -k 7b_with_lora",
-    ),
-    (
-        "record.py",
-        "    frozen = count if cfg.lora_rank else 0",
-        "    frozen = count",
-        "experiments/test_flags.py -k plan",
     ),
     # ---- what strangers brought: answers, data, models, folders
     (
@@ -4135,6 +4103,187 @@ MUTANTS = [
         "        check_token_ids([(problems, prompts), *eval_sets.values()], model_config)\n",
         "",
         "test_all.py -k tokens_than_the_model_has_ends",
+    ),
+    # ---- other trainers
+    (
+        "entropy.py",
+        "(1.0 - p) * (log_probs + entropy)",
+        "(log_probs + entropy)",
+        "test_all.py -k log_entropy",
+    ),
+    (
+        "entropy.py",
+        "means_of_answers[mask.any(1)].mean()",
+        "means_of_answers.nan_to_num().mean()",
+        "test_all.py -k log_entropy",
+    ),
+    (
+        "entropy.py",
+        "metrics[covariance_name(fraction)] = largest_first[:count].mean()",
+        "metrics[covariance_name(fraction)] = largest_first[-count:].mean()",
+        "test_all.py -k log_entropy",
+    ),
+    (
+        "entropy.py",
+        "change[part].sum() / abs_change",
+        "change[part].abs().sum() / abs_change",
+        "test_all.py -k log_entropy",
+    ),
+    (
+        "entropy.py",
+        "    entropy = torch.where(mask, token_entropy.detach().float(), 0.0)",
+        "    entropy = token_entropy.detach().float()",
+        "test_all.py -k log_entropy",
+    ),
+    (
+        "experiments/in_trl.py",
+        "part = part * accumulation / self.args.steps_per_generation",
+        "part = part * accumulation",
+        "experiments/test_in_trl.py -k 'grpo_is_trls or same_answers'",
+    ),
+    (
+        "experiments/in_trl.py",
+        "count.clamp(min=1.0) / self.accelerator.num_processes",
+        "count.clamp(min=1.0)",
+        "experiments/test_in_trl.py -k two_processes",
+    ),
+    (
+        "experiments/in_trl.py",
+        "start = self.accelerator.process_index * len(mask)",
+        "start = 0",
+        "experiments/test_in_trl.py -k two_processes",
+    ),
+    (
+        "experiments/in_trl.py",
+        "        if self.model.training:  # an evaluation",
+        "        if True:  # an evaluation",
+        "experiments/test_in_trl.py -k an_evaluation",
+    ),
+    (
+        "experiments/in_trl.py",
+        "        if training:\n            self.begin_row",
+        "        if True:\n            self.begin_row",
+        "experiments/test_in_trl.py -k an_evaluation",
+    ),
+    (
+        "experiments/in_trl.py",
+        "if self.model.training:\n            for name",
+        "if True:\n            for name",
+        "experiments/test_in_trl.py -k an_evaluation",
+    ),
+    (
+        "experiments/in_trl.py",
+        'self.of_one_update(inputs["num_sequences"])',
+        'inputs["num_sequences"]',
+        "experiments/test_in_trl.py -k same_answers",
+    ),
+    (
+        "experiments/in_trl.py",
+        'state["last_update_metrics"] | metrics,',
+        "metrics,",
+        "experiments/test_in_trl.py -k reads_entropy",
+    ),
+    (
+        "experiments/in_trl.py",
+        "self.state.global_step / self.state.max_steps",
+        "self.state.global_step",
+        "experiments/test_in_trl.py -k reads_entropy",
+    ),
+    (
+        "experiments/in_trl.py",
+        "self.loss_knobs | {name: value for name, value in state.items() if name in names}",
+        "self.loss_knobs",
+        "experiments/test_in_trl.py -k reads_entropy",
+    ),
+    (
+        "experiments/in_trl.py",
+        "        self.method_state = state\n",
+        "",
+        "experiments/test_in_trl.py -k survives",
+    ),
+    (
+        "experiments/in_trl.py",
+        ' if row["step"] <= state["step"]]',
+        "]",
+        "experiments/test_in_trl.py -k survives",
+    ),
+    (
+        "experiments/in_trl.py",
+        'scale_gradient(log_probs, inputs["importance_sampling_ratio"])',
+        "log_probs",
+        "experiments/test_in_trl.py -k importance_weights",
+    ),
+    (
+        "experiments/in_trl.py",
+        'mask = mask * batch["tool_mask"]',
+        "mask = mask",
+        "experiments/test_in_trl.py -k tools",
+    ),
+    (
+        "experiments/in_trl.py",
+        'means = self.accelerator.reduce(sums, reduction="mean") / updates',
+        'means = self.accelerator.reduce(sums, reduction="mean")',
+        "experiments/test_in_trl.py -k trls_numbers",
+    ),
+    (
+        "experiments/in_trl.py",
+        "tiny.KNOBS.get(method, []) + settings",
+        "settings",
+        "experiments/test_in_trl.py -k knobs_are_read",
+    ),
+    (
+        "experiments/in_trl.py",
+        "    missing = [name for name in wanted if name not in TENSORS]",
+        "    missing = []",
+        "experiments/test_in_trl.py -k are_refused",
+    ),
+    (
+        "memory.py",
+        "shards = ranks if sharded else 1",
+        "shards = 1",
+        "experiments/test_flags.py -k the_plan_reckons",
+    ),
+    (
+        "memory.py",
+        "in_use = b * n if autocast and not lora else 0",
+        "in_use = 0",
+        "experiments/test_flags.py -k the_plan_reckons",
+    ),
+    (
+        "memory.py",
+        '"frozen base": b * n / shards if lora else 0,',
+        '"frozen base": 0,',
+        "test_all.py -k 7b_with_lora",
+    ),
+    (
+        "record.py",
+        "checkpoint = 12 * size.trained + 4 * frozen",
+        "checkpoint = 12 * size.trained",
+        "test_all.py -k 7b_with_lora",
+    ),
+    (
+        "policy.py",
+        "        policy.float()  # only now",
+        "        pass  # only now",
+        "test_all.py -k dtype_of_their_file",
+    ),
+    (
+        "policy.py",
+        "    config.dtype = None",
+        "    pass",
+        "test_all.py -k dtype_of_their_file",
+    ),
+    (
+        "policy.py",
+        "    if not cfg.steps:\n        return policy\n",
+        "",
+        "test_all.py -k dtype_of_their_file",
+    ),
+    (
+        "rollout.py",
+        "        use_float32_logits(self.model)\n",
+        "",
+        "experiments/test_experiments.py -k gpu_check",
     ),
 ]
 
