@@ -4092,7 +4092,7 @@ def test_micro_batches_are_even_and_as_many_as_on_other_ranks(monkeypatch):
     # Three even lists where the budget alone would fill one and leave a rest.
     assert agreed(monkeypatch, 0, [10] * 11, range(11)) == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
     # Halved lists stand in the order of their lengths, too.
-    assert agreed(monkeypatch, 3, [7] * 4 + [9], range(5)) == [[0, 1], [2, 3], [4]]
+    assert agreed(monkeypatch, 3, [10] * 3 + [15] * 2, range(5)) == [[0], [1, 2], [3, 4]]
 
 
 def test_a_rank_with_too_few_rows_runs_others_as_well(monkeypatch):

@@ -491,7 +491,7 @@ def test_masks_and_controllers_reach_the_loss(method, idle, acts, plain, toy, tm
     found = touched(on)
     assert {"train/loss", "train/grad_norm", "entropy/change_measured"} <= found
     assert found <= {*UPDATES, "policy/clip_frac"}
-    # dcpo has no switch; its two targets differ. The KL is over the tokens that are run.
+    # dcpo has no switch; its two targets differ. The KL's mean is over the tokens that are run.
     assert method == "dcpo" or touched(off) <= {"policy/kl_to_rollout"}
     assert on["train/grad_norm"] != off["train/grad_norm"]
 
