@@ -457,7 +457,7 @@ def steer(
         if form == "theorem":
             omega = torch.where(clipped, 0.0, omega * p)
         size = torch.where(response_mask, omega.abs(), 0.0)
-        smallest = size[response_mask].min()
+        smallest = torch.where(response_mask, size, math.inf).min()  # a call may have no tokens
         largest = size.max()
         if mapping == "exp":
             exponent = math.log(min_weight) * size / largest.clamp(min=0.02)

@@ -320,6 +320,17 @@ def test_other_refusals_come_before_the_model_is_loaded(tmp_path):
     assert "gspo's ratio is the sequence's" in refused("gspo", **weighted)
 
 
+@pytest.mark.parametrize("method", ["steer", "clip_cov", "aer"])
+def test_micro_batches_without_tokens_add_nothing(base, tmp_path, method):
+    """Where TRL masks truncated answers, all of a micro-batch may be: here of answers of one token,
+    all that are not an end of sequence."""
+    cut = dict(max_completion_length=1, mask_truncated_completions=True, learning_rate=0.1)
+    trainer = run(base, tmp_path, method, ACTING[method], **cut)
+    assert all(math.isfinite(value) for row in trainer.rows for value in row.values())
+    assert [row["step"] for row in trainer.rows] == [1, 2]
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
 def test_vllms_importance_weights_multiply_gradients(base, tmp_path, plain, monkeypatch):
     """As TRL gives them, (B, 1): a weight of 0 for all answers leaves the weights as they were."""
     prepare = MethodTrainer._prepare_inputs
