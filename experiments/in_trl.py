@@ -33,6 +33,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer import grpo_trainer
 
 from entropy import log_entropy
 from losses import CONTROLLERS, METHODS, k3, scale_gradient, token_mean
@@ -414,6 +415,11 @@ def countdown_data():
     return Dataset.from_list(rows)
 
 
+def as_it_is(batch):
+    """In place of TRL's shuffle, so that a prompt's answers are in one update, as in train.py."""
+    return batch
+
+
 def train_on_countdown(method, knobs, steps, seed, folder):
     """Trains the tiny base; knobs: {name: value}. Writes metrics.jsonl in the folder."""
     import tiny
@@ -477,14 +483,17 @@ def figure_runs():
     from diagnose import read_runs
     from experiments.runs import RESULTS, read_committed
 
-    committed = read_committed()
-    in_trl = read_runs(RESULTS / "in_trl.jsonl")
+    runs = read_committed() | read_runs(RESULTS / "in_trl.jsonl")
     shown = {}
-    for method, setting in (("grpo", "grpo"), ("clip_cov", "clip_cov-0.02")):
-        of_train_py = [committed[f"{setting}-seed{seed}"] for seed in range(3)]
-        of_trl = [rows for name, rows in in_trl.items() if name.startswith(f"{method}-trl")]
-        for label, seeds in ((f"{method}, train.py", of_train_py), (f"{method}, TRL", of_trl)):
-            shown[label] = [[row for row in rows if 0 < row["step"] <= STEPS] for rows in seeds]
+    for label, name in (
+        ("grpo, train.py", "grpo-seed"),
+        ("grpo, TRL", "grpo-trl-seed"),
+        ("grpo, TRL in order", "grpo-in-order-trl-seed"),
+        ("clip_cov, train.py", "clip_cov-0.02-seed"),
+        ("clip_cov, TRL", "clip_cov-trl-seed"),
+    ):
+        seeds = [rows for run, rows in runs.items() if run.startswith(name)]
+        shown[label] = [[row for row in rows if 0 < row["step"] <= STEPS] for rows in seeds]
     return shown
 
 
@@ -527,6 +536,7 @@ def main():
     parser.add_argument("--steps", type=int, default=STEPS, help="generation batches")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="runs", help="the run is OUT/METHOD-trl-seedSEED")
+    parser.add_argument("--in_order", action="store_true", help="without TRL's shuffle of answers")
     parser.add_argument("--commit", action="store_true", help="keep OUT's runs in results/")
     parser.add_argument("--figure", action="store_true", help="draw results/in_trl.png of these")
     args = parser.parse_args()
@@ -534,12 +544,15 @@ def main():
         return commit_runs(args.out)
     if args.figure:
         return draw_figure()
-    folder = Path(args.out, f"{args.method}-trl-seed{args.seed}")
+    name = f"{args.method}-trl-seed{args.seed}"
+    if args.in_order:
+        grpo_trainer.shuffle_sequence_dict = as_it_is
+        name = f"{args.method}-in-order-trl-seed{args.seed}"
     try:
         knobs = read_knobs(args.method, args.knobs)
     except ValueError as error:
         raise SystemExit(f"in_trl.py: error: {error}") from None
-    train_on_countdown(args.method, knobs, args.steps, args.seed, folder)
+    train_on_countdown(args.method, knobs, args.steps, args.seed, Path(args.out, name))
 
 
 if __name__ == "__main__":

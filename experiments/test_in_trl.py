@@ -381,6 +381,21 @@ def test_the_command_writes_a_run_that_diagnose_reads(base, tmp_path, monkeypatc
         assert message in str(error.value)
 
 
+def test_in_order_a_prompts_answers_are_in_one_update(base, tmp_path, monkeypatch):
+    """TRL's shuffle is off then: what --in_order compares with."""
+    monkeypatch.setitem(METHODS, "spy", spy)
+    shuffle = in_trl.grpo_trainer.shuffle_sequence_dict
+    monkeypatch.setattr(in_trl.grpo_trainer, "shuffle_sequence_dict", shuffle)  # taken back later
+    together = []
+    for replaced in (shuffle, in_trl.as_it_is):
+        in_trl.grpo_trainer.shuffle_sequence_dict = replaced
+        spy.calls = []
+        run(base, tmp_path, "spy", max_steps=2, steps_per_generation=4, num_iterations=1)
+        groups = [call["advantages"].view(-1, GROUP).sum(1) for call in spy.calls]
+        together.append(max(float(sums.abs().max()) for sums in groups) < 1e-3)
+    assert together == [False, True]
+
+
 def test_the_reward_is_our_verifiers():
     gold = json.dumps({"numbers": [3, 5, 7, 11], "target": 39})
     assert in_trl.countdown_reward(["11*(7-3)-5", "11*7"], [gold, gold]) == [1.0, 0.0]
