@@ -9,6 +9,7 @@ layer after another in the compute dtype. What no layer holds (embedding, head, 
 root, which stays gathered. DDP holds everything whole, and computes in bfloat16 by autocast.
 """
 
+import copy
 import math
 from dataclasses import dataclass, replace
 
@@ -63,7 +64,7 @@ def model_size(config, trust_remote_code=False, lora_rank=0):
         if lora_rank:
             add_lora(model, lora_rank, alpha=1.0, seed=0, dtype=torch.float32)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    shape = config.get_text_config()
+    shape = shape_of(config)
     experts = getattr(shape, "num_experts_per_tok", None) or 0
     mlp = getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size
     if experts:
@@ -84,6 +85,14 @@ def model_size(config, trust_remote_code=False, lora_rank=0):
         tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
         qk_norm=any(name.endswith("q_norm") for name, _ in model.named_modules()),
     )
+
+
+def shape_of(config):
+    """The text part of a config, in which sizes that differ between layers (Gemma 4) can be read:
+    one size stands for all."""
+    shape = copy.copy(config.get_text_config())
+    shape.allow_global_per_layer_attribute_access = True
+    return shape
 
 
 def head_dim(shape):

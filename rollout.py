@@ -53,7 +53,7 @@ from transformers.initialization import no_init_weights
 import verify
 from entropy import sums_by_name, use_float32_logits
 from losses import group_advantages
-from memory import MOST_ROWS, ROWS_ON_CPU, bytes_per_row, rows_that_fit
+from memory import MOST_ROWS, ROWS_ON_CPU, bytes_per_row, rows_that_fit, shape_of
 from policy import max_over_ranks, sum_over_ranks
 
 
@@ -150,7 +150,7 @@ class TorchEngine:
         free, _ = torch.cuda.mem_get_info(self.device)
         # What torch has cached is free, too.
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        shape = self.model.config.get_text_config()
+        shape = shape_of(self.model.config)
         return rows_that_fit(free, bytes_per_row(shape, self.model.dtype, length))
 
     @torch.no_grad()

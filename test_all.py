@@ -3126,11 +3126,13 @@ def test_messages_may_be_a_text_or_hold_parts(write_rows):
 
 
 def test_unsolvable_countdown_is_refused(write_rows):
-    unsolvable = {"nums": [1, 1], "target": 9}
-    told = complaint(write_rows("u.jsonl", [unsolvable, {"nums": [1, 1, 1], "target": 9}]))
-    assert "none of the first 2 problems has a solution" in told
-    some = [unsolvable, COUNTDOWN_ROW]
-    assert len(load_problems(write_rows("s.jsonl", some))) == 2
+    rows = [{"nums": [1] * count, "target": 9} for count in (1, 2, 3)]
+    told = complaint(write_rows("u.jsonl", rows))
+    assert "none of the first three problems has a solution" in told
+    some = [*rows, COUNTDOWN_ROW]
+    with pytest.raises(ValueError, match="none of the first three"):
+        load_problems(write_rows("s.jsonl", some))
+    assert len(load_problems(write_rows("t.jsonl", some[1:]))) == 3
     six_numbers = {"nums": [1] * 6, "target": 99}  # to try all would take long
     assert load_problems(write_rows("long.jsonl", [six_numbers]))
 
