@@ -298,7 +298,7 @@ def whole_tensor(tensor):
 def add_lora(model, rank, alpha, seed, dtype):
     """Gives every linear layer but the head an adapter and freezes all other weights, in `dtype`.
 
-    The adapters stay float32. B is 0 at first, so the model still computes what it did. A is drawn
+    The adapters are float32. B is 0 at first, so the model still computes what it did. A is drawn
     with the seed, the same on every rank, and the caller's random state is left as it was.
     ValueError if the rank is above that of every layer's weight."""
     from peft import LoraConfig, inject_adapter_in_model  # takes seconds, so only where it is used
@@ -314,8 +314,9 @@ def add_lora(model, rank, alpha, seed, dtype):
             "--lora_rank 0 trains all weights"
         )
     for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+        # peft makes adapters in the base's dtype, in which small steps would round to nothing.
+        wanted = torch.float32 if parameter.requires_grad else dtype
+        parameter.data = parameter.data.to(wanted)
 
 
 def lora_layers(model):

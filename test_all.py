@@ -6299,6 +6299,16 @@ def test_lora_starts_as_the_base_and_adapts_every_linear_layer_but_the_head(base
     assert all(torch.equal(again[name], tensor) for name, tensor in adapted.named_parameters())
 
 
+@pytest.mark.parametrize("dtype_of_file", [torch.float32, torch.bfloat16])
+def test_adapters_are_float32_whatever_the_file_holds(dtype_of_file):
+    model = random_model(hidden=64).to(dtype_of_file)
+    policy.add_lora(model, 4, 8.0, 0, torch.bfloat16)
+    dtypes = {True: set(), False: set()}
+    for parameter in model.parameters():
+        dtypes[parameter.requires_grad].add(parameter.dtype)
+    assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
+
+
 def test_only_adapters_have_gradients(base):
     adapted = lora_policy(base)
     scored(adapted).sum().backward()

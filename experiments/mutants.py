@@ -3949,15 +3949,15 @@ MUTANTS = [
     ),
     (
         "policy.py",
-        "        if not parameter.requires_grad:",
-        "        if False:",
+        "        wanted = torch.float32 if parameter.requires_grad else dtype",
+        "        wanted = torch.float32",
         "test_all.py -k frozen_base_is_held",
     ),
     (
         "policy.py",
-        "        if not parameter.requires_grad:",
-        "        if True:",
-        "test_all.py -k frozen_base_is_held",
+        "        wanted = torch.float32 if parameter.requires_grad else dtype",
+        "        wanted = parameter.dtype if parameter.requires_grad else dtype",
+        "test_all.py -k adapters_are_float32",
     ),
     (
         "policy.py",
