@@ -407,8 +407,15 @@ def agree_on_micro_batches(lengths, rows, budget, spare=(), fewest=0):
     most = max_over_ranks(max(fewest, len(micro_batches(lengths, rows, budget))))
     missing = max(0, most - len(rows))
     rows = [*rows, *sorted(spare, key=lambda row: lengths[row])[:missing]]
-    budget = smallest_budget(lengths, rows, budget, most)
-    return by_longest_row(lengths, micro_batches(lengths, rows, budget, at_least=most))
+    return even_micro_batches(lengths, rows, budget, most)
+
+
+def even_micro_batches(lengths, rows, budget, number):
+    """So many micro_batches, as even as they get, the shortest rows first; by the budget there may
+    be fewer, but not more."""
+    budget = smallest_budget(lengths, rows, budget, number)
+    batches = micro_batches(lengths, rows, budget, at_least=number)
+    return sorted(batches, key=lambda batch: max(lengths[row] for row in batch))
 
 
 def smallest_budget(lengths, rows, budget, most):
@@ -421,10 +428,6 @@ def smallest_budget(lengths, rows, budget, most):
         else:
             low = middle + 1
     return budget
-
-
-def by_longest_row(lengths, batches):
-    return sorted(batches, key=lambda batch: max(lengths[row] for row in batch))
 
 
 @dataclass

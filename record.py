@@ -40,12 +40,12 @@ def json_lines(rows):
 
 
 def record_answers(path, answers):
-    """--record_step: one line of JSON for each answer that a step learned from, as they were sampled:
-    the answers to a prompt side by side. Several ranks then deal them anew, see deal_over_ranks.
+    """--record_step: one line of JSON for each answer that a step learned from, as sampled: a
+    prompt's answers side by side. With several ranks deal_over_ranks deals them anew after that.
 
     With the weights of the checkpoint before it, the files of all ranks are all that one needs to
-    compute the step again. log_probs are the engine's, nats; null for an answer that was drawn at another
-    temperature (aepo)."""
+    compute the step again. log_probs are the engine's, nats; null for an answer that was drawn at
+    another temperature (aepo)."""
     rows = []
     for answer in answers:
         at_other_temperature = math.isnan(answer["log_probs"][0])

@@ -62,12 +62,11 @@ from policy import (
     Policy,
     batch_statistics,
     build_policy,
-    by_longest_row,
+    even_micro_batches,
     full_tensors,
     load_model,
     micro_batches,
     response_statistics,
-    smallest_budget,
     split_batch,
 )
 from rollout import LARGEST_MISMATCH, collate, make_engine, mismatch_metrics
@@ -1103,9 +1102,8 @@ def lock_step(lab):
     tokens = np.zeros((8, needed))
     for rank, of_rank in enumerate(lengths):
         batch = made_up_batch(lab, of_rank, 8, shape.vocab)
-        at_most = smallest_budget(of_rank, range(count), budget, needed)
-        lists = micro_batches(of_rank, range(count), at_most, needed)
-        for i, rows in enumerate(by_longest_row(of_rank, lists)):
+        lists = even_micro_batches(of_rank, range(count), budget, needed)
+        for i, rows in enumerate(lists):
 
             def work():
                 found = response_statistics(trainer.ddp_policy, batch, rows, ["log_probs"])

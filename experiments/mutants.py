@@ -1794,7 +1794,7 @@ MUTANTS = [
     ),
     (
         "policy.py",
-        "budget = smallest_budget(lengths, rows, budget, most)\n",
+        "budget = smallest_budget(lengths, rows, budget, number)\n",
         "",
         "test_all.py -k micro_batches_are_even",
     ),
@@ -1806,8 +1806,8 @@ MUTANTS = [
     ),
     (
         "policy.py",
-        "return by_longest_row(lengths, micro_batches(lengths, rows, budget, at_least=most))",
-        "return micro_batches(lengths, rows, budget, at_least=most)",
+        "return sorted(batches, key=lambda batch: max(lengths[row] for row in batch))",
+        "return batches",
         "test_all.py -k micro_batches_are_even",
     ),
     (
