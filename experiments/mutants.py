@@ -1307,8 +1307,8 @@ MUTANTS = [
     ),
     (
         "rollout.py",
-        "mismatch = (old_log_probs - rollout_log_probs)[known].abs()",
-        "mismatch = (old_log_probs - rollout_log_probs)[known]",
+        "torch.where(known, (old_log_probs - rollout_log_probs).abs(), 0.0)",
+        "torch.where(known, old_log_probs - rollout_log_probs, 0.0)",
         "experiments/test_rollouts.py -k every_step_and_evaluation_drawn",
     ),
     (
