@@ -298,7 +298,7 @@ def whole_tensor(tensor):
 def add_lora(model, rank, alpha, seed, dtype):
     """Gives every linear layer but the head an adapter and freezes all other weights, in `dtype`.
 
-    The adapters stay float32. B is 0 at first, so the model still computes what it did. A is drawn
+    The adapters are float32. B is 0 at first, so the model still computes what it did. A is drawn
     with the seed, the same on every rank, and the caller's random state is left as it was.
     ValueError if the rank is above that of every layer's weight."""
     from peft import LoraConfig, inject_adapter_in_model  # takes seconds, so only where it is used
@@ -314,8 +314,9 @@ def add_lora(model, rank, alpha, seed, dtype):
             "--lora_rank 0 trains all weights"
         )
     for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+        # peft makes adapters in the base's dtype, in which small steps would round to nothing.
+        wanted = torch.float32 if parameter.requires_grad else dtype
+        parameter.data = parameter.data.to(wanted)
 
 
 def lora_layers(model):
@@ -406,8 +407,15 @@ def agree_on_micro_batches(lengths, rows, budget, spare=(), fewest=0):
     most = max_over_ranks(max(fewest, len(micro_batches(lengths, rows, budget))))
     missing = max(0, most - len(rows))
     rows = [*rows, *sorted(spare, key=lambda row: lengths[row])[:missing]]
-    budget = smallest_budget(lengths, rows, budget, most)
-    return by_longest_row(lengths, micro_batches(lengths, rows, budget, at_least=most))
+    return even_micro_batches(lengths, rows, budget, most)
+
+
+def even_micro_batches(lengths, rows, budget, number):
+    """So many micro_batches, as even as they get, the shortest rows first; by the budget there may
+    be fewer, but not more."""
+    budget = smallest_budget(lengths, rows, budget, number)
+    batches = micro_batches(lengths, rows, budget, at_least=number)
+    return sorted(batches, key=lambda batch: max(lengths[row] for row in batch))
 
 
 def smallest_budget(lengths, rows, budget, most):
@@ -420,10 +428,6 @@ def smallest_budget(lengths, rows, budget, most):
         else:
             low = middle + 1
     return budget
-
-
-def by_longest_row(lengths, batches):
-    return sorted(batches, key=lambda batch: max(lengths[row] for row in batch))
 
 
 @dataclass

@@ -40,12 +40,12 @@ def json_lines(rows):
 
 
 def record_answers(path, answers):
-    """--record_step: one line of JSON for each answer that a step learned from, in the order of the
-    batch.
+    """--record_step: one line of JSON for each answer that a step learned from, as sampled: a
+    prompt's answers side by side. With several ranks deal_over_ranks deals them anew after that.
 
-    With the weights of the checkpoint before it, they are all that one needs to compute the step
-    again. log_probs are the engine's, nats; null for an answer that was drawn at another
-    temperature (aepo)."""
+    With the weights of the checkpoint before it, the files of all ranks are all that one needs to
+    compute the step again. log_probs are the engine's, nats; null for an answer that was drawn at
+    another temperature (aepo)."""
     rows = []
     for answer in answers:
         at_other_temperature = math.isnan(answer["log_probs"][0])
@@ -222,11 +222,11 @@ def check_resume(cfg, folder):
     may_change = set(MAY_CHANGE_ON_RESUME)
     if cfg.method not in CONTROLLERS:  # a controller's schedule depends on --steps
         may_change.add("steps")
-    # A run of before --lora_rank trained all weights.
     try:
         saved_settings = json.loads((folder / "config.json").read_text())
     except ValueError as error:
         raise ValueError(f"--resume: {folder}/config.json is no JSON ({error})") from None
+    # A run of before --lora_rank trained all weights.
     before = {"lora_rank": 0} | saved_settings
     changed = []
     for name, value in vars(cfg).items():

@@ -850,7 +850,7 @@ def mismatch_metrics(batch, old_log_probs):
     not count."""
     rollout_log_probs = batch["rollout_log_probs"]
     known = batch["response_mask"] & ~rollout_log_probs.isnan()
-    mismatch = (old_log_probs - rollout_log_probs)[known].abs()
+    mismatch = torch.where(known, (old_log_probs - rollout_log_probs).abs(), 0.0)
     largest = max_over_ranks(mismatch.max().double())
     sums = sums_by_name({"tokens": known.sum(), "mismatch": mismatch.sum()}, sum_over_ranks)
     return {

@@ -6094,6 +6094,19 @@ def test_a_model_that_is_scored_otherwise_than_sampled_is_not_trained(
         assert len(read_metrics(tmp_path / name)) == len(before)
 
 
+def test_a_rank_that_has_only_answers_of_another_temperature_knows_no_mismatch(monkeypatch):
+    """aepo's, dealt to one rank: it takes part in the sums over ranks, and adds nothing."""
+    of_other_rank = torch.tensor([2.0, 0.5], dtype=torch.float64)  # tokens, mismatch
+    monkeypatch.setattr(rollout, "sum_over_ranks", lambda values: values + of_other_rank)
+    monkeypatch.setattr(rollout, "max_over_ranks", lambda largest: max(largest.item(), 0.3))
+    batch = {
+        "response_mask": torch.tensor([[True, True], [True, False]]),
+        "rollout_log_probs": torch.tensor([[math.nan, math.nan], [math.nan, 0.0]]),
+    }
+    found = rollout.mismatch_metrics(batch, torch.full((2, 2), -1.0))
+    assert found == {"rollout/mismatch_mean": 0.25, "rollout/mismatch_max": 0.3}
+
+
 def test_a_mismatch_that_comes_later_is_warned_of(toy, tmp_path, monkeypatch, capsys, no_figures):
     """The check is for an architecture or for a push that is wrong from the start."""
     generate = rollout.TorchEngine.generate
@@ -6299,6 +6312,16 @@ def test_lora_starts_as_the_base_and_adapts_every_linear_layer_but_the_head(base
     torch.rand(1)  # as on another rank, which may have drawn something else before
     again = dict(lora_policy(base, spread=0.0).named_parameters())
     assert all(torch.equal(again[name], tensor) for name, tensor in adapted.named_parameters())
+
+
+@pytest.mark.parametrize("dtype_of_file", [torch.float32, torch.bfloat16])
+def test_adapters_are_float32_whatever_the_file_holds(dtype_of_file):
+    model = random_model(hidden=64).to(dtype_of_file)
+    policy.add_lora(model, 4, 8.0, 0, torch.bfloat16)
+    dtypes = {True: set(), False: set()}
+    for parameter in model.parameters():
+        dtypes[parameter.requires_grad].add(parameter.dtype)
+    assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
 
 
 def test_only_adapters_have_gradients(base):

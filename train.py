@@ -14,7 +14,7 @@ of the longest.
 main(), at the end, is the story; what stands before it are the flags and the parts that it uses.
 """
 
-# rollout.py comes first: it sets a variable that OpenMP reads when torch is imported.
+# rollout.py comes first: it sets variables that are read when torch is imported.
 from rollout import prepare_environment
 
 prepare_environment()  # RANK ... for plain python, vLLM's variables

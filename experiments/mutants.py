@@ -1307,8 +1307,8 @@ MUTANTS = [
     ),
     (
         "rollout.py",
-        "mismatch = (old_log_probs - rollout_log_probs)[known].abs()",
-        "mismatch = (old_log_probs - rollout_log_probs)[known]",
+        "torch.where(known, (old_log_probs - rollout_log_probs).abs(), 0.0)",
+        "torch.where(known, old_log_probs - rollout_log_probs, 0.0)",
         "experiments/test_rollouts.py -k every_step_and_evaluation_drawn",
     ),
     (
@@ -1794,7 +1794,7 @@ MUTANTS = [
     ),
     (
         "policy.py",
-        "budget = smallest_budget(lengths, rows, budget, most)\n",
+        "budget = smallest_budget(lengths, rows, budget, number)\n",
         "",
         "test_all.py -k micro_batches_are_even",
     ),
@@ -1806,8 +1806,8 @@ MUTANTS = [
     ),
     (
         "policy.py",
-        "return by_longest_row(lengths, micro_batches(lengths, rows, budget, at_least=most))",
-        "return micro_batches(lengths, rows, budget, at_least=most)",
+        "return sorted(batches, key=lambda batch: max(lengths[row] for row in batch))",
+        "return batches",
         "test_all.py -k micro_batches_are_even",
     ),
     (
@@ -3949,15 +3949,15 @@ MUTANTS = [
     ),
     (
         "policy.py",
-        "        if not parameter.requires_grad:",
-        "        if False:",
+        "        wanted = torch.float32 if parameter.requires_grad else dtype",
+        "        wanted = torch.float32",
         "test_all.py -k frozen_base_is_held",
     ),
     (
         "policy.py",
-        "        if not parameter.requires_grad:",
-        "        if True:",
-        "test_all.py -k frozen_base_is_held",
+        "        wanted = torch.float32 if parameter.requires_grad else dtype",
+        "        wanted = parameter.dtype if parameter.requires_grad else dtype",
+        "test_all.py -k adapters_are_float32",
     ),
     (
         "policy.py",

@@ -46,7 +46,7 @@ from memory import (
     model_size,
     plan_memory,
 )
-from policy import by_longest_row, micro_batches, smallest_budget
+from policy import even_micro_batches, micro_batches
 
 RESULTS = Path("experiments/results")
 STAGES = ("rollout", "score", "update", "push")
@@ -353,10 +353,8 @@ def lock_step(s, of_ranks, budget, even=True):
     for tokens, rows in zip(lengths, run):
         spare = sorted(set(range(len(tokens))) - set(rows), key=lambda i: tokens[i])
         rows = rows + spare[: max(0, most - len(rows))]
-        at_most = smallest_budget(tokens, rows, budget, most) if even else budget
-        lists = micro_batches(tokens, rows, at_most, most)
-        if even:
-            lists = by_longest_row(tokens, lists)
+        split = even_micro_batches if even else micro_batches
+        lists = split(tokens, rows, budget, most)
         longest = np.array([max(tokens[row] for row in some) for some in lists])
         costs.append([len(some) for some in lists] * flops_of_rows(s, longest))
     return np.max(costs, axis=0).sum()

@@ -45,7 +45,7 @@ import train
 import verify
 from data import Problem
 from experiments.runs import table, write_page
-from policy import Policy, full_tensors, micro_batches
+from policy import Policy, even_micro_batches, full_tensors, micro_batches
 from rollout import collate, make_engine
 
 RESULTS = Path("experiments/results")
@@ -307,7 +307,9 @@ def padding(folder):
         for _ in range(20):
             drawn = generator.lognormal(np.log(600) - 0.5, 1.0, count)
             lengths = np.clip(drawn, 1, 4096).astype(int).tolist()
-            ours.append(padded_share(lengths, micro_batches(lengths, range(count), budget)))
+            number = len(micro_batches(lengths, range(count), budget))
+            split = even_micro_batches(lengths, range(count), budget, number)
+            ours.append(padded_share(lengths, split))
             rival.append(padded_share(lengths, in_turn(lengths, budget)))
         report(f"padding, {count} answers an update", ours, rival, "share of tokens")
 

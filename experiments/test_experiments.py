@@ -31,6 +31,7 @@ import tiny
 import train
 from data import load_problems
 from diagnose import read_metrics, read_runs, share_made
+from entropy import NEEDED_STATISTICS, STATISTICS, Distribution
 from experiments import findings, gpu_check, methods, runs, scaling, stats
 from losses import METHODS
 from policy import batch_statistics, build_policy, micro_batches, split_batch
@@ -1005,6 +1006,16 @@ def test_a_check_that_fails_is_a_row_and_hides_no_other(monkeypatch, tmp_path, c
     assert code == 0  # what is not installed is no failure
     code, checks = gpu_check_rows(tmp_path, "--minutes", "1")  # none begins in the last minute
     assert checks["lacking"][0]["what"] == "not run: the 1 minutes are over"
+
+
+def test_the_statistics_that_gpu_check_compiles_are_those_of_the_program():
+    logits = torch.randn(8, 50, generator=torch.Generator().manual_seed(0))
+    tokens = torch.arange(8)
+    options = dict(dynamic=False, fullgraph=True, backend="eager")  # traced, but not compiled
+    traced = torch.compile(gpu_check.four_statistics, **options)
+    distribution = Distribution(logits)
+    for name, values in zip(NEEDED_STATISTICS, traced(logits, tokens)):
+        assert torch.equal(values, STATISTICS[name](distribution, tokens)), name
 
 
 def test_the_gpu_check_page_says_what_the_committed_numbers_say():
