@@ -331,7 +331,8 @@ METRICS = {
     ),
     "time/padding_frac": (
         "fraction",
-        "The share of padding in the updates' micro-batches, whose rows are padded to the longest.",
+        "The share of padding in the updates' micro-batches, whose rows are padded to the longest; "
+        "counted as if no prompt were packed with several answers.",
     ),
     "time/left_out_frac": (
         "fraction",

@@ -175,7 +175,8 @@ def build_policy(path, cfg, device, dtype):
 
 def load_model(path, trust_remote_code):
     """The model in the dtype of its checkpoint's first weight: so the file is mapped, not read, and
-    all ranks of a node share one copy of it in the page cache."""
+    all ranks of a node share one copy of it in the page cache. Weights of the file in another dtype
+    are cast to that one."""
     transformers_logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     config.dtype = None  # what config.json says may be less exact than what the file holds
@@ -447,17 +448,17 @@ class Split:
 def split_batch(batch, budget, updates):
     """The Split of a batch into micro-batches of at most `budget` padded tokens. A collective.
 
-    Where the method takes nothing from a row (batch["learned"]), an update leaves it out, but for
+    Where the method takes nothing from a row (batch["to_run"]), an update leaves it out, but for
     fillers where ranks have unlike numbers of others, and for one if no rank has any other."""
     lengths = batch["lengths"].tolist()
-    learned = batch["learned"].tolist()
+    to_run = batch["to_run"].tolist()
     share = len(lengths) // updates
     rows = [list(range(start, start + share)) for start in range(0, len(lengths), share)]
     split = Split(rows, [], [])
     for of_update in rows:
-        to_run = [row for row in of_update if learned[row]]
-        spare = [row for row in of_update if not learned[row]]
-        lists = agree_on_micro_batches(lengths, to_run, budget, spare, fewest=1)
+        wanted = [row for row in of_update if to_run[row]]
+        spare = [row for row in of_update if not to_run[row]]
+        lists = agree_on_micro_batches(lengths, wanted, budget, spare, fewest=1)
         split.micro_batches.append(lists)
     run = {row for lists in split.micro_batches for rows in lists for row in rows}
     others = [row for row in range(len(lengths)) if row not in run]

@@ -636,12 +636,12 @@ def mix_second_sample(engine, tokenizer, answers, advantages, state, cfg):
 BATCH_EDITS = {"aepo": mix_second_sample}
 
 
-def deal_over_ranks(answers, advantages, learned, updates):
+def deal_over_ranks(answers, advantages, to_run, updates):
     """This rank's answers and advantages (B,) for even work on all ranks: each update's, of all
     ranks, are sorted by length and dealt in a snake, 0 1 2 2 1 0 0 1 ... The ranks wait for one
     another, so what the slowest has to run is what counts.
 
-    learned (B,) bool: those that the updates run; the others are dealt after them. An update's
+    to_run (B,) bool: those that the updates run; the others are dealt after them. An update's
     answers stay those that they were: the u-th part of each rank's. Returns the answers, with what
     collate reads, their advantages and their place (B,): of each in the list of all answers, rank
     after rank, where groups stand side by side. A collective; nothing moves if there is one rank.
@@ -661,7 +661,7 @@ def deal_over_ranks(answers, advantages, learned, updates):
             "group_accuracy": answer["group_accuracy"],
         }
         cost = len(answer["prompt"]) + len(answer["response"])
-        mine.append((bool(learned[i]), cost, rank * B + i, advantages[i].item(), compact))
+        mine.append((bool(to_run[i]), cost, rank * B + i, advantages[i].item(), compact))
     of_ranks = [None] * world
     dist.all_gather_object(of_ranks, mine)
 

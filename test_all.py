@@ -4111,12 +4111,12 @@ def test_the_split_of_a_batch(monkeypatch):
     monkeypatch.setattr(policy, "max_over_ranks", int)
     learned = torch.tensor([1, 0, 1, 0, 0, 0, 0, 0, 1, 1, 1, 1]).bool()
     lengths = torch.tensor([5, 5, 9, 9, 8, 7, 6, 9, 4, 3, 2, 1])
-    split = policy.split_batch({"lengths": lengths, "learned": learned}, budget=18, updates=3)
+    split = policy.split_batch({"lengths": lengths, "to_run": learned}, budget=18, updates=3)
     assert split.rows == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     assert split.micro_batches == [[[0, 2]], [[6]], [[11, 10, 9, 8]]]
     assert split.left_out == [[1, 5], [4, 3], [7]] or split.left_out == [[1, 5], [4], [3, 7]]
     assert split.all_micro_batches() == split.left_out + [[0, 2], [6], [11, 10, 9, 8]]
-    everything = {"lengths": lengths, "learned": torch.ones(12, dtype=torch.bool)}
+    everything = {"lengths": lengths, "to_run": torch.ones(12, dtype=torch.bool)}
     assert policy.split_batch(everything, 18, 3).left_out == []
 
 
@@ -5663,7 +5663,7 @@ for name, flat in test_all.FLAT.items():
     batch = test_all.batch_of(pairs[mine])
     batch["advantages"] = advantages[mine, None] * batch["response_mask"]
     batch["loss_mask"] = batch["response_mask"]
-    batch["learned"] = advantages[mine] != 0 if world == 2 else torch.ones(24, dtype=torch.bool)
+    batch["to_run"] = advantages[mine] != 0 if world == 2 else torch.ones(24, dtype=torch.bool)
     split = policy.split_batch(batch, 20 if world == 2 else 1000, 1)
     old = policy.batch_statistics(called, batch, ["log_probs"], split.all_micro_batches())
     tensors = {"advantages": batch["advantages"], "old_log_probs": old["log_probs"]}

@@ -2,8 +2,9 @@
 entropy.
 
 A step: 1 sample answers from the current policy and verify them - 2 centre and scale the rewards
-within each group - 3 old_log_probs, the mismatch to the engine's - 4 updates_per_rollout optimizer
-steps - 5 push the weights - 6 log, evaluate, checkpoint.
+within each group, and deal the answers evenly over the ranks - 3 old_log_probs, the mismatch to
+the engine's - 4 updates_per_rollout optimizer steps, without the answers that give no gradient -
+5 push the weights - 6 log, evaluate, checkpoint.
 
 Differs from GRPO as published: no KL to a reference (see kl_loss), and the mean is over all tokens
 instead of over each answer first.
@@ -826,8 +827,22 @@ class Stopwatch:
 # ---- parts of a step -----------------------------------------------------------------------------
 
 
+def make_batch(answers, advantages, device, cfg):
+    """Stage 2: the answers as tensors, dealt over the ranks so that all have as much to do. Beside
+    what rollout.collate makes, place (B,): see rollout.deal_over_ranks, and to_run (B,) bool: the
+    answers from which the method learns."""
+    to_run = answers_to_run(advantages, cfg)
+    answers, advantages, place = deal_over_ranks(
+        answers, advantages, to_run, cfg.updates_per_rollout
+    )
+    batch = collate(answers, advantages, device)
+    batch["place"] = place.to(device)
+    batch["to_run"] = answers_to_run(advantages, cfg).to(device)
+    return batch
+
+
 def answers_to_run(advantages, cfg):
-    """Stage 2: the answers that the updates have to run, (B,) bool; advantages (B,)."""
+    """The answers that the updates have to run, (B,) bool; advantages (B,)."""
     if cfg.method in NOTHING_AT_ZERO_ADVANTAGE:
         return advantages != 0
     return torch.ones_like(advantages, dtype=torch.bool)
@@ -874,11 +889,11 @@ def update(ddp_policy, optimizer, batch, tensors, rows, micro_batches, knobs, cf
     The loss is a sum / num_tokens with the tokens of all micro-batches and ranks. So the gradient
     does not depend on how they are split, unless the method chooses among the tokens of a call."""
     loss_mask = batch["loss_mask"]
-    learned_mask = loss_mask & batch["learned"][:, None]
+    run_mask = loss_mask & batch["to_run"][:, None]
     wanted = wanted_tensors(cfg.method)
     wanted_now = ["log_probs"] + [name for name in wanted if name in STATISTICS]
-    of_update = [loss_mask[rows].sum(), loss_mask[rows].any(1).sum(), learned_mask[rows].sum()]
-    num_tokens, num_sequences, num_learned = sum_over_ranks(torch.stack(of_update)).float()
+    of_update = [loss_mask[rows].sum(), loss_mask[rows].any(1).sum(), run_mask[rows].sum()]
+    num_tokens, num_sequences, num_run = sum_over_ranks(torch.stack(of_update)).float()
 
     sums = {}
     for i, micro_rows in enumerate(micro_batches):
@@ -907,9 +922,9 @@ def update(ddp_policy, optimizer, batch, tensors, rows, micro_batches, knobs, cf
             )
             # DDP and FSDP2 average over ranks; the loss is a sum over them.
             (loss * dist.get_world_size()).backward()
-        learned = learned_mask[micro_rows, :width]
-        token_kl = k3(old_log_probs, log_probs.detach(), learned)
-        kl = token_mean(token_kl, learned, num_learned.clamp(min=1))
+        run = run_mask[micro_rows, :width]  # without fillers
+        token_kl = k3(old_log_probs, log_probs.detach(), run)
+        kl = token_mean(token_kl, run, num_run.clamp(min=1))
         metrics = {"train/loss": loss.detach(), "policy/kl_to_rollout": kl, **metrics}
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + value
@@ -1015,13 +1030,7 @@ def main(argv=None):
         metrics |= verdict_metrics(verdicts)
         if step == cfg.record_step:
             record_answers(folder / f"step-{step}-rank-{rank}.jsonl", answers)
-        learned = answers_to_run(advantages, cfg)
-        answers, advantages, place = deal_over_ranks(
-            answers, advantages, learned, cfg.updates_per_rollout
-        )
-        batch = collate(answers, advantages, device)
-        batch["place"] = place.to(device)
-        batch["learned"] = answers_to_run(advantages, cfg).to(device)
+        batch = make_batch(answers, advantages, device, cfg)
         engine.sleep()
         watch.lap("rollout")
 

@@ -69,7 +69,7 @@ def batch_and_policy(folder, seed):
     advantages = group_advantages(rewards, cfg.group_size, cfg.adv_norm)
     batch = collate(answers, advantages, device)
     batch["loss_mask"] = batch["response_mask"]
-    batch["learned"] = torch.ones(len(answers), dtype=torch.bool)
+    batch["to_run"] = torch.ones(len(answers), dtype=torch.bool)
     return batch, policy, cfg
 
 

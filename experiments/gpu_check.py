@@ -292,7 +292,7 @@ def batch_of(lab, prompts, responses, log_probs):
     advantages = torch.tensor([2.0 * answer["reward"] - 1.0 for answer in answers])
     batch = collate(answers, advantages, lab.device)
     batch["loss_mask"] = batch["response_mask"]
-    batch["learned"] = torch.ones_like(batch["loss_mask"][:, 0])
+    batch["to_run"] = torch.ones_like(batch["loss_mask"][:, 0])
     return batch
 
 

@@ -411,8 +411,8 @@ MUTANTS = [
     ),
     (
         "train.py",
-        "k3(old_log_probs, log_probs.detach(), learned)",
-        "k3(log_probs.detach(), old_log_probs, learned)",
+        "k3(old_log_probs, log_probs.detach(), run)",
+        "k3(log_probs.detach(), old_log_probs, run)",
         "experiments/test_steps.py -k 'recomputed_from and grpo'",
     ),
     (
@@ -1770,14 +1770,14 @@ MUTANTS = [
     ),
     (
         "train.py",
-        "num_learned.clamp(min=1)",
-        "num_learned",
+        "num_run.clamp(min=1)",
+        "num_run",
         "test_all.py -k without_any_gradient",
     ),
     (
         "train.py",
-        'learned_mask = loss_mask & batch["learned"][:, None]',
-        "learned_mask = loss_mask",
+        'run_mask = loss_mask & batch["to_run"][:, None]',
+        "run_mask = loss_mask",
         "experiments/test_steps.py -k 'recomputed_from and grpo'",
     ),
     (
@@ -1848,8 +1848,8 @@ MUTANTS = [
     ),
     (
         "rollout.py",
-        "bool(learned[i]), cost, rank * B + i,",
-        "bool(learned[i]), cost, i,",
+        "bool(to_run[i]), cost, rank * B + i,",
+        "bool(to_run[i]), cost, i,",
         "test_all.py -k dealing_over_ranks",
     ),
     (

@@ -209,7 +209,7 @@ def test_the_simulation_splits_as_the_program_does(monkeypatch):
         monkeypatch.setattr("policy.max_over_ranks", lambda value: max(value, *needed))
         costs = []
         for n, run in zip(lengths, learned):
-            batch = {"lengths": torch.tensor(n), "learned": torch.tensor(run)}
+            batch = {"lengths": torch.tensor(n), "to_run": torch.tensor(run)}
             (lists,) = split_batch(batch, 100, 1).micro_batches
             longest = np.array([max(n[row] for row in some) for some in lists])
             costs.append([len(some) for some in lists] * scaling.flops_of_rows(SMALL, longest))
