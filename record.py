@@ -299,6 +299,9 @@ class RunLog:
         self.send = None
         if self.writes:
             self.start_folder(step)
+            if cfg.steps:
+                knobs = " ".join(cfg.knobs) or "its default knobs"
+                tqdm.write(f"{cfg.method} with {knobs}\n")
             tqdm.write(f"the first prompt:\n{prompt}\n")
             tqdm.write(table_head(STEP_TABLE if cfg.steps else eval_table(cfg)))
             if cfg.log_to:

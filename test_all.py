@@ -6130,7 +6130,7 @@ def test_positions_of_a_composite_configuration(tmp_path):
     cfg = types.SimpleNamespace(trust_remote_code=False, max_prompt_len=40, max_response_len=24)
     train.load_tokenizer(tmp_path, cfg)
     cfg.max_response_len = 25
-    with pytest.raises(ValueError, match="65, is more than the positions"):
+    with pytest.raises(ValueError, match="65, is more than the 64 positions"):
         train.load_tokenizer(tmp_path, cfg)
 
 
@@ -6577,7 +6577,7 @@ def test_lora_without_peft_says_what_to_install(toy, tmp_path, monkeypatch, caps
         ("--parallel ddpp", "choose from ddp, fsdp"),
         ("--method w_reinforce --dynamic_sampling", "no baseline"),
         ("--knobs clip_low=nan", "finite"),
-        ("--max_response_len 100", "more than the positions"),
+        ("--max_response_len 100", "more than the 64 positions"),
         ("--rule poetry", "poetry"),
     ],
 )

@@ -666,10 +666,11 @@ def load_tokenizer(base, cfg):
     model_config = AutoConfig.from_pretrained(base, trust_remote_code=cfg.trust_remote_code)
     longest = cfg.max_prompt_len + cfg.max_response_len
     text_config = model_config.get_text_config()  # of a model that reads images, too
-    if longest > getattr(text_config, "max_position_embeddings", longest):
+    positions = getattr(text_config, "max_position_embeddings", longest)
+    if longest > positions:
         raise ValueError(
-            f"--max_prompt_len + --max_response_len, {longest}, is more than the positions of "
-            f"{base}"
+            f"--max_prompt_len + --max_response_len, {longest}, is more than the {positions} "
+            f"positions of {base}"
         )
     return tokenizer, model_config
 

@@ -1452,7 +1452,7 @@ def test_the_longest_answer_may_fill_the_positions_of_the_model(toy, tmp_path, c
     assert capsys.readouterr().out.count("---- prompt of 1 tokens") == 3
     with pytest.raises(SystemExit):
         train.main(toy_args(toy, tmp_path, "run", f"{words} 61"))
-    assert "65, is more than the positions of" in capsys.readouterr().err
+    assert "65, is more than the 64 positions of" in capsys.readouterr().err
 
 
 def test_answers_end_at_every_end_that_the_model_names(toy, tmp_path, no_figures):
