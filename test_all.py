@@ -5630,7 +5630,7 @@ def test_a_step_without_any_gradient(method, toy, tmp_path, monkeypatch):
 # What every rank runs: an update on its half of 24 answers, of which the named ones have
 # advantage 0. A list of (update's metrics, its whole gradient) goes to a file.
 TWO_RANKS = """
-import sys, types
+import sys, time, types
 import torch, torch.distributed as dist
 import losses, policy, test_all, train
 
@@ -5679,6 +5679,7 @@ if rank == 0:
     torch.save(found, folder)
 del called  # as in train.main
 dist.destroy_process_group()
+time.sleep(0.3)  # as in train.start_process_group
 """
 FLAT = {
     "unevenly spread": [0, 1, 2, 3, 4, 5, 6, 7, 13],

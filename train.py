@@ -21,6 +21,7 @@ from rollout import prepare_environment
 prepare_environment()  # RANK ... for plain python, vLLM's variables
 
 import argparse
+import atexit
 import difflib
 import inspect
 import math
@@ -642,6 +643,8 @@ def start_process_group(cfg):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    # A thread of gloo that still lets go of a tensor while Python ends would abort the process.
+    atexit.register(time.sleep, 0.3)
     if cfg.dtype == "auto":
         dtype = torch.bfloat16 if on_gpu else torch.float32
     else:
