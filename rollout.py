@@ -29,7 +29,6 @@ import inspect
 import math
 import os
 import random
-import socket
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -274,15 +273,12 @@ class TorchEngine:
 def prepare_environment():
     """Variables that vLLM and torch.distributed read. Those of torchrun make `python train.py` a
     world of one."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        free_port = probe.getsockname()[1]
     defaults = {
         "RANK": 0,
         "LOCAL_RANK": 0,
         "WORLD_SIZE": 1,
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": free_port,
+        "MASTER_PORT": 0,  # a free one
         # vLLM in this process, where it can take the trainer's tensors
         "VLLM_ENABLE_V1_MULTIPROCESSING": 0,
         "VLLM_LOGGING_LEVEL": "ERROR",
