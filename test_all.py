@@ -6800,15 +6800,14 @@ def test_the_lines_for_another_loop_write_a_run(tmp_path, monkeypatch, capsys):
     """log_entropy's row is one that diagnose.py reads."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    lines = readme_code('row = {"step"')
+    lines = readme_code("from entropy import log_entropy")
     mask = torch.ones(4, 5, dtype=torch.bool)
     for step in (1, 2, 3):
         lines(
             json=json,
             step=step,
             rewards=torch.tensor([0.0, 1.0, 0.0, 1.0]),
-            log_entropy=entropy.log_entropy,
-            log_probs=-torch.rand(4, 5),
+            old_log_probs=-torch.rand(4, 5),
             token_entropy=torch.full((4, 5), 0.5 / step),
             advantages=torch.tensor([-1.0, 1.0, -1.0, 1.0]),
             mask=mask,
