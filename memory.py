@@ -156,12 +156,17 @@ def cache_per_token(layers, key_value, dtype):
 
 
 def bytes_per_row(shape, dtype, length):
+    """row_bytes of a text config."""
+    cache = cache_per_token(shape.num_hidden_layers, key_value_units(shape), dtype)
+    return row_bytes(cache, shape.vocab_size, length)
+
+
+def row_bytes(cache, vocab, length):
     """What the torch engine needs for an answer whose prompt and response have `length` tokens.
 
-    shape: a text config. Beside keys and values these are 24 bytes per token of the vocabulary in
-    rollout.sample: logits, log-probs, probabilities, a float64 cdf, and the next step's logits."""
-    cache = cache_per_token(shape.num_hidden_layers, key_value_units(shape), dtype)
-    return length * cache + 24 * shape.vocab_size
+    cache: of cache_per_token. Beside keys and values these are 24 bytes per token of the vocabulary
+    in rollout.sample: logits, log-probs, probabilities, a float64 cdf, the next step's logits."""
+    return length * cache + 24 * vocab
 
 
 def rows_that_fit(free, per_row):
@@ -286,7 +291,8 @@ def cache_of_torch_engine(size, cfg, ranks, dtype, free):
     """Bytes of the rows that the torch engine decodes together, if all answers are as long as they
     may be."""
     longest = cfg.max_prompt_len + cfg.max_response_len
-    per_row = longest * cache_per_token(size.layers, size.key_value, dtype) + 24 * size.vocab
+    cache = cache_per_token(size.layers, size.key_value, dtype)
+    per_row = row_bytes(cache, size.vocab, longest)
     most = rows_that_fit(free, per_row) if torch.cuda.is_available() else ROWS_ON_CPU
     return min(most, cfg.prompts_per_step * cfg.group_size // ranks) * per_row
 

@@ -48,8 +48,8 @@ def logit_changes(config):
     return scale, cap
 
 
-# Decoders in which a token sees only what the mask lets it see. A state (Mamba) or
-# a window over the row would mix the responses of pack_by_prompt.
+# Decoders in which a token sees only what the mask lets it see. A state (Mamba) or a window over
+# the row would mix the responses of pack_by_prompt.
 PACKED_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 WIDEST_PACKED = 2048  # tokens of a packed row: attention under a mask is quadratic in them
 LEAST_SAVED = 1 / 3  # of the padded tokens; else the mask costs more than it saves

@@ -4043,7 +4043,7 @@ def test_layers_are_found_where_transformers_names_none():
         policy.decoder_layers(model)
 
 
-def test_entropy_after_is_the_change_on_the_first_answers():
+def test_entropy_after_is_the_change_on_the_first_answers(monkeypatch):
     dist.init_process_group("gloo")
     model = random_model()
     scorer = policy.Policy(model, 1.0)
@@ -4061,6 +4061,10 @@ def test_entropy_after_is_the_change_on_the_first_answers():
     first = (entropies() - before)[::2]
     change = first[batch["response_mask"][::2]].mean().item()
     assert change < -0.01
+    found = policy.entropy_after(scorer, batch, {"token_entropy": before}, cfg)
+    assert math.isclose(found, change, rel_tol=1e-4)
+    # Another rank has four lists, so one more answer fills up here. It does not count.
+    monkeypatch.setattr(policy, "max_over_ranks", lambda value: 4)
     found = policy.entropy_after(scorer, batch, {"token_entropy": before}, cfg)
     assert math.isclose(found, change, rel_tol=1e-4)
 

@@ -39,7 +39,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
@@ -73,6 +72,7 @@ from policy import (
     response_statistics,
     split_batch,
     sum_over_ranks,
+    whole_tensor,
 )
 from record import (
     GIB,
@@ -937,10 +937,8 @@ def update(ddp_policy, optimizer, batch, tensors, rows, micro_batches, knobs, cf
             check_gradients(ddp_policy)
 
     grad_norm = torch.nn.utils.clip_grad_norm_(ddp_policy.parameters(), cfg.grad_clip)
-    if isinstance(grad_norm, DTensor):
-        grad_norm = grad_norm.full_tensor()
     metrics = sums_by_name(sums, sum_over_ranks)
-    metrics["train/grad_norm"] = float(grad_norm)
+    metrics["train/grad_norm"] = float(whole_tensor(grad_norm))
     finite = math.isfinite(metrics["train/grad_norm"]) and math.isfinite(metrics["train/loss"])
     if finite:
         optimizer.step()

@@ -772,7 +772,8 @@ COMMANDS = (
     "frac|sqrt|pi|cdot|times|div|binom|begin|end|cr|geq|leq"
     "|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|ln|exp"
     "|lfloor|rfloor|lceil|rceil"
-    "|alpha|beta|gamma|delta|epsilon|theta|lambda|mu|nu|rho|sigma|tau|phi|psi|omega|Delta|Omega|hbar"
+    "|alpha|beta|gamma|delta|epsilon|theta|lambda|mu|nu|rho|sigma|tau|phi|psi|omega"
+    "|Delta|Omega|hbar"
 )
 READABLE = re.compile(rf"(?:[A-Za-z0-9 +*/^_(){{}}\[\]=<>.,!|&-]|\\(?:{COMMANDS})(?![A-Za-z]))*")
 MISREAD = re.compile(r"[0-9][A-Z]*_|\\frac ?\{ ?d[^{}]*\} ?\{ ?d|(?<![\^_0-9.])[0-9.]+ [0-9]")

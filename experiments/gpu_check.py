@@ -475,7 +475,9 @@ def float32_logits_matter(lab):
     States and weights are bfloat16 in both; the truth is float64. Rounded logits hide the change:
     a third or more of the log-ratios have the wrong sign or are 0, which KL-Cov's sign(log r),
     GSPO's clip and every clip fraction would then be read off."""
-    width, vocab, count = 896, 32000, 512
+    width = 896
+    vocab = 32000
+    count = 512
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -679,7 +681,8 @@ def memory_of(lab, checkpointing):
     before = torch.cuda.memory_allocated()
     trainer = make_trainer(lab, path, words)
     engine = lab_engine(lab, path, 1024)
-    size, dtype = HALF.size, torch.bfloat16
+    size = HALF.size
+    dtype = torch.bfloat16
     total = torch.cuda.get_device_properties(lab.device).total_memory
     plan = plan_memory(size, trainer.cfg, 1, dtype, with_reference=False, total=total)
     batch = made_up_batch(lab, [1024] * 16, 128, HALF.vocab)
@@ -959,7 +962,8 @@ def statistics_speed(lab):
     """Microseconds per token of the four statistics of the score pass, and the memory they take,
     by tokens at a time."""
     width, vocab, count = lab.size((896, 151936, 8192), (128, 16384, 512))
-    device, dtype = lab.device, torch.bfloat16
+    device = lab.device
+    dtype = torch.bfloat16
     states = torch.randn(count, width, device=device, dtype=dtype)
     weight = torch.randn(vocab, width, device=device, dtype=dtype) * 3 / width**0.5
     head = head_of(weight)

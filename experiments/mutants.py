@@ -501,8 +501,8 @@ MUTANTS = [
     ),
     (
         "train.py",
-        "if longest > getattr(",
-        "if longest >= getattr(",
+        "if longest > positions:",
+        "if longest >= positions:",
         "experiments/test_flags.py -k longest_answer_may",
     ),
     (
@@ -1832,7 +1832,7 @@ MUTANTS = [
         "policy.py",
         " & is_first[rows, None]",
         "",
-        "experiments/test_metrics.py -k two_ranks",
+        "test_all.py -k entropy_after",
     ),
     (
         "rollout.py",

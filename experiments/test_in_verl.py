@@ -366,9 +366,11 @@ def python(arguments, folder, module, knobs=""):
 @pytest.mark.parametrize("copied", [False, True])
 def test_verl_loads_it_by_the_environment(copied, tmp_path):
     """Importing any part of verl registers the losses, from a checkout or two copied files."""
-    folder, module = HERE, "experiments.in_verl"
+    folder = HERE
+    module = "experiments.in_verl"
     if copied:
-        folder, module = tmp_path / "mine", "in_verl"
+        folder = tmp_path / "mine"
+        module = "in_verl"
         folder.mkdir()
         for file in (HERE / "losses.py", HERE / "experiments/in_verl.py"):
             (folder / file.name).write_text(file.read_text())
